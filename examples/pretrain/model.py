@@ -1,0 +1,90 @@
+"""The architecture, the training loss, and saving in the public checkpoint format."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import MixtralConfig, MixtralForCausalLM
+
+import fast_experts
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """Scalars of one batch."""
+
+    cross_entropy: Tensor
+    balance: Tensor
+
+
+def make_config() -> MixtralConfig:
+    """Five layers of 16 experts, top-2: 5.7 M parameters, of which 1.9 M work on a token."""
+    return MixtralConfig(
+        vocab_size=4096,
+        hidden_size=192,
+        intermediate_size=96,
+        num_hidden_layers=5,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        num_local_experts=16,
+        num_experts_per_tok=2,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=3,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )
+
+
+def build(config: MixtralConfig, seed: int) -> MixtralForCausalLM:
+    """A freshly initialised fp32 model that runs its experts with the fast training forward."""
+    fast_experts.register()
+    torch.manual_seed(seed)
+    model = MixtralForCausalLM(config)
+    model.set_experts_implementation(fast_experts.IMPLEMENTATION)
+    return model.train()
+
+
+def balance_loss(router_logits: tuple[Tensor, ...], top_k: int) -> Tensor:
+    """Switch-style balance loss per layer, averaged over layers; 1 means perfectly uniform.
+
+    transformers pools all layers before multiplying, which lets one layer's imbalance hide behind
+    another's; a mean of per-layer losses keeps every expert of every layer alive.
+    """
+    per_layer = []
+    for logits in router_logits:  # [T, E]
+        probabilities = logits.float().softmax(-1)
+        experts = logits.shape[-1]
+        chosen = probabilities.topk(top_k, dim=-1).indices.reshape(-1)
+        share = torch.bincount(chosen, minlength=experts) / chosen.numel()  # [E]
+        per_layer.append(experts * (share * probabilities.mean(0)).sum())
+    return torch.stack(per_layer).mean()
+
+
+def compute_losses(model: MixtralForCausalLM, tokens: Tensor) -> Losses:
+    """Losses of a batch of token windows [B, S + 1].
+
+    Weights stay fp32 for the optimiser and are cast to bf16 for the matmuls, as they will be in the
+    saved file. Embedding rows are gathered in fp32, since bf16 sums over repeated tokens are lossy.
+    """
+    table = model.get_parameter("model.embed_tokens.weight")  # [V, H]
+    embedded = nn.functional.embedding(tokens[:, :-1], table).bfloat16()
+    weights = {name: weight.bfloat16() for name, weight in model.model.named_parameters()}
+    kwargs = {"inputs_embeds": embedded, "use_cache": False, "output_router_logits": True}
+    output = functional_call(model.model, weights, kwargs=kwargs)
+    logits = nn.functional.linear(output.last_hidden_state, table.bfloat16())  # [B, S, V]
+    loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+    return Losses(loss, balance_loss(output.router_logits, model.config.num_experts_per_tok))
+
+
+def save(model: MixtralForCausalLM, out: Path) -> None:
+    """Write bf16 safetensors and a config that plain transformers opens."""
+    config = MixtralConfig(**model.config.to_dict())
+    copy = MixtralForCausalLM(config).to(torch.bfloat16)
+    copy.load_state_dict(model.state_dict())
+    copy.save_pretrained(out)

@@ -1,0 +1,197 @@
+"""A Hugging Face checkpoint folder, read lazily: headers first, tensors one by one."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from models.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_MAX_HEADER = 100 << 20
+
+# Data types whose values can be averaged as they are; quantised ones would have to be decoded first.
+FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor on disk. `dtype` is the safetensors name (BF16, F32, I64, ...)."""
+
+    name: str
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder with config.json and safetensors. Opening it reads headers only."""
+
+    folder: Path
+    tensors: dict[str, TensorInfo]
+    config: dict[str, Any]
+    files: tuple[str, ...]
+
+    @classmethod
+    def open(cls, folder: Path, *, allow_links: bool = False) -> Checkpoint:
+        """Reads config, index and every header.
+
+        Args:
+            folder: a local checkpoint folder.
+            allow_links: follow symbolic links that lead out of the folder. The blob links of a
+                Hugging Face cache are always followed.
+
+        Raises:
+            CheckpointError: with cause, numbers and remedy, before any tensor is read.
+        """
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"no checkpoint folder at {folder}",
+                "give a local folder or a hub name that can be downloaded",
+            )
+        config = _read_json(folder / "config.json")
+        wanted = _weight_map(folder)
+        tensors: dict[str, TensorInfo] = {}
+        for file in sorted(set(wanted.values())) if wanted else [SINGLE]:
+            for info in _read_header(_contained(folder, file, allow_links=allow_links), file):
+                tensors[info.name] = info
+        _check_index(wanted, tensors)
+        files = tuple(sorted({info.file for info in tensors.values()}))
+        return cls(folder, dict(sorted(tensors.items())), config, files)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, without headers."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the weight files as they lie on disk."""
+        return sum((self.folder / file).stat().st_size for file in self.files)
+
+    @property
+    def parameters(self) -> int:
+        """Number of stored elements of floating type."""
+        sizes = ((info.nbytes, FLOAT_BYTES.get(info.dtype)) for info in self.tensors.values())
+        return sum(nbytes // width for nbytes, width in sizes if width)
+
+    def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Loads the named tensors as stored, opening each file once."""
+        from safetensors import SafetensorError, safe_open
+
+        by_file: dict[str, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self._info(name).file, []).append(name)
+        loaded: dict[str, torch.Tensor] = {}
+        for file, members in sorted(by_file.items()):
+            try:
+                with safe_open(self.folder / file, framework="pt") as handle:
+                    loaded |= {name: handle.get_tensor(name) for name in members}
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"cannot read {self.folder / file}: {error}") from error
+        return loaded
+
+    def _info(self, name: str) -> TensorInfo:
+        if name not in self.tensors:
+            raise CheckpointError(f"tensor {name} is missing from {self.folder}")
+        return self.tensors[name]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing", "is this a checkpoint folder?") from error
+    except (ValueError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, not a {type(value).__name__}")
+    return value
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Tensor name -> file of a sharded checkpoint; empty for a single-file one."""
+    if (folder / INDEX).exists():
+        mapping = _read_json(folder / INDEX).get("weight_map")
+        if not isinstance(mapping, dict) or not mapping:
+            raise CheckpointError(f"{folder / INDEX} has no weight_map")
+        return {str(name): str(file) for name, file in mapping.items()}
+    if (folder / SINGLE).exists() or (folder / SINGLE).is_symlink():
+        return {}
+    pickles = sorted(p.name for p in folder.glob("*.bin"))
+    remedy = "convert it to safetensors first: pickle files are never opened" if pickles else ""
+    raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}", remedy)
+
+
+def _contained(folder: Path, file: str, *, allow_links: bool) -> Path:
+    """The path of `file`, refused when its name or a link leads out of the folder."""
+    path = folder / file
+    if Path(file).is_absolute() or ".." in Path(file).parts:
+        raise CheckpointError(
+            f"{folder / INDEX} names {file!r}, a file outside the checkpoint folder",
+            "do not use this checkpoint: a well-formed index names files in its own folder",
+        )
+    target, root = path.resolve(), folder.resolve()
+    # A snapshot of the Hugging Face cache links to ../../blobs of the same repository.
+    roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    if not allow_links and not any(target.is_relative_to(each) for each in roots):
+        raise CheckpointError(
+            f"{path} is a link to {target}, outside the checkpoint folder",
+            "set `model.allow_links=true` if you trust it",
+        )
+    return path
+
+
+def _read_header(path: Path, file: str) -> list[TensorInfo]:
+    """Parses a safetensors header and compares the promised bytes with the file's size."""
+    if not path.exists():
+        raise CheckpointError(f"{path} is missing", "download the checkpoint again")
+    size = path.stat().st_size
+    with path.open("rb") as handle:
+        prefix = handle.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        raw = handle.read(length) if 0 < length <= min(size, _MAX_HEADER) else b""
+    try:
+        header = json.loads(raw)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path} ({size:,} bytes) has no safetensors header", "download the file again"
+        ) from error
+    header.pop("__metadata__", None)
+    infos = [_tensor_info(path, file, name, entry) for name, entry in header.items()]
+    promised = 8 + length + sum(info.nbytes for info in infos)
+    if promised != size:
+        raise CheckpointError(
+            f"{path} is {'truncated' if size < promised else 'too long'}:"
+            f" its header promises {promised:,} bytes, the file has {size:,}",
+            "download the file again",
+        )
+    return infos
+
+
+def _tensor_info(path: Path, file: str, name: str, entry: Any) -> TensorInfo:  # noqa: ANN401 - JSON
+    try:
+        begin, end = entry["data_offsets"]
+        return TensorInfo(name, file, entry["dtype"], tuple(entry["shape"]), end - begin)
+    except (TypeError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{path}: the header entry of {name} is malformed") from error
+
+
+def _check_index(wanted: dict[str, str], tensors: dict[str, TensorInfo]) -> None:
+    """The index and the headers must agree on which tensor lies where."""
+    for name, file in wanted.items():
+        if name not in tensors:
+            raise CheckpointError(f"the index promises {name} in {file}, which does not hold it")
+    unlisted = sorted(set(tensors) - set(wanted)) if wanted else []
+    if unlisted:
+        raise CheckpointError(f"{len(unlisted)} tensors are not in the index, e.g. {unlisted[0]}")
