@@ -18,7 +18,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _MAX_HEADER = 100 << 20
 
-# Data types whose values can be averaged as they are; quantised ones would have to be decoded first.
+# Types whose values can be averaged as they are; quantised ones would have to be decoded first.
 FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
@@ -179,7 +179,7 @@ def _read_header(path: Path, file: str) -> list[TensorInfo]:
     return infos
 
 
-def _tensor_info(path: Path, file: str, name: str, entry: Any) -> TensorInfo:  # noqa: ANN401 - JSON
+def _tensor_info(path: Path, file: str, name: str, entry: Any) -> TensorInfo:
     try:
         begin, end = entry["data_offsets"]
         return TensorInfo(name, file, entry["dtype"], tuple(entry["shape"]), end - begin)

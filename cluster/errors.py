@@ -1,0 +1,5 @@
+"""Failures of the infrastructure, as opposed to the user's input."""
+
+
+class InfrastructureError(RuntimeError):
+    """Workers, nodes or the cluster failed more often than the retry budget allows."""

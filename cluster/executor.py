@@ -1,0 +1,61 @@
+"""The small protocol behind which units run in this process, or on Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Generic, Protocol, Self, TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one unit occupies while it runs. `memory_bytes` 0 means unknown."""
+
+    cpus: int = 1
+    gpus: int = 0
+    memory_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Job(Generic[T, R]):
+    """How to run units of one kind.
+
+    `make_worker` is called once per worker and returns the function that runs one unit; what it
+    holds (a loaded model) then serves many units. `stateful` says whether that is worth a
+    long-lived process. Everything must be picklable.
+    """
+
+    make_worker: Callable[[], Callable[[T], R]]
+    stateful: bool = False
+    resources: Resources = Resources()
+
+
+class Executor(Protocol):
+    """Runs units somewhere and yields results in the order in which they end."""
+
+    @property
+    def workers(self) -> int:
+        """Units that may run at the same time."""
+
+    def imap(self, job: Job[T, R], units: Sequence[T]) -> Iterator[tuple[int, R]]:
+        """Yields (index of the unit, its result); the first failure ends the iteration."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+
+def fix_threads(threads: int) -> None:
+    """Pins the number of threads inside a unit: sums then do not depend on the machine's load."""
+    import torch
+
+    torch.set_num_threads(threads)

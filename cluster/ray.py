@@ -1,0 +1,193 @@
+"""Units on Ray: plain tasks, or a pool of actors where a worker holds a loaded model.
+
+Weights never pass through the object store: units name paths, results are small dictionaries.
+Only infrastructure failures are retried; an error raised by a unit ends the run at once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import ray
+import ray.exceptions as failures
+
+from cluster.errors import InfrastructureError
+from cluster.executor import Job, R, Resources, T, fix_threads
+
+# Small results only; Ray's default would reserve 30 % of the memory.
+_OBJECT_STORE_BYTES = 200 << 20
+_LOST = (failures.WorkerCrashedError, failures.RayActorError, failures.NodeDiedError)
+
+
+class RayExecutor:
+    """Runs units as Ray tasks or actors on a cluster that it joins, or starts and stops itself."""
+
+    def __init__(
+        self,
+        *,
+        address: str = "local",
+        workers: int | None = None,
+        threads: int = 1,
+        max_retries: int = 3,
+    ) -> None:
+        self._address = address
+        self._wanted = workers
+        self._threads = threads
+        self._max_retries = max_retries
+
+    @property
+    def workers(self) -> int:
+        """Units in flight: as configured, or one per CPU of the cluster."""
+        return self._wanted or max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+    def imap(self, job: Job[T, R], units: Sequence[T]) -> Iterator[tuple[int, R]]:
+        """Runs the units with a bounded number in flight."""
+        pool: _Pool = (_ActorPool if job.stateful else _TaskPool)(self, job)
+        try:
+            yield from _drive(pool, units, min(self.workers, len(units)))
+        finally:
+            pool.close()
+
+    def options(self, resources: Resources) -> dict[str, Any]:
+        """Ray's options for one unit or actor."""
+        options: dict[str, Any] = {"num_cpus": resources.cpus, "num_gpus": resources.gpus}
+        return options | ({"memory": resources.memory_bytes} if resources.memory_bytes else {})
+
+    @property
+    def threads(self) -> int:
+        """Threads inside a unit."""
+        return self._threads
+
+    @property
+    def max_retries(self) -> int:
+        """How often one unit is run again after its worker or node was lost."""
+        return self._max_retries
+
+    def __enter__(self) -> Self:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        own: dict[str, Any] = {
+            "num_cpus": self._wanted,
+            "object_store_memory": _OBJECT_STORE_BYTES,
+            "include_dashboard": False,
+        }
+        ray.init(
+            address=self._address,
+            log_to_driver=False,
+            configure_logging=False,
+            **(own if self._address == "local" else {}),
+        )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # Stops the cluster only when this process started it; otherwise it disconnects.
+        ray.shutdown()
+
+
+class _Pool:
+    """Starts units and says what to do when a worker is lost."""
+
+    def __init__(self, executor: RayExecutor, job: Job[Any, Any]) -> None:
+        self.executor = executor
+        self.job = job
+
+    def start(self, unit: Any) -> ray.ObjectRef:
+        raise NotImplementedError
+
+    def release(self, ref: ray.ObjectRef, *, lost: bool) -> None:
+        """Called once for every started unit, when it ended or its worker was lost."""
+
+    def close(self) -> None:
+        """Frees whatever the pool holds."""
+
+
+class _TaskPool(_Pool):
+    def start(self, unit: Any) -> ray.ObjectRef:
+        options = self.executor.options(self.job.resources)
+        task = ray.remote(_run_task).options(max_retries=0, **options)
+        return task.remote(self.job.make_worker, unit, self.executor.threads)
+
+
+class _ActorPool(_Pool):
+    """Keeps one actor per unit in flight; a lost actor is replaced, its unit is run again."""
+
+    def __init__(self, executor: RayExecutor, job: Job[Any, Any]) -> None:
+        super().__init__(executor, job)
+        self._idle: list[Any] = []
+        self._busy: dict[ray.ObjectRef, Any] = {}
+
+    def start(self, unit: Any) -> ray.ObjectRef:
+        actor = self._idle.pop() if self._idle else self._new_actor()
+        ref = actor.run.remote(unit)
+        self._busy[ref] = actor
+        return ref
+
+    def release(self, ref: ray.ObjectRef, *, lost: bool) -> None:
+        actor = self._busy.pop(ref)
+        if not lost:
+            self._idle.append(actor)
+
+    def close(self) -> None:
+        for actor in [*self._idle, *self._busy.values()]:
+            ray.kill(actor)
+
+    def _new_actor(self) -> Any:
+        options = self.executor.options(self.job.resources)
+        actor = ray.remote(_Worker).options(max_restarts=0, **options)
+        return actor.remote(self.job.make_worker, self.executor.threads)
+
+
+class _Worker:
+    """An actor that makes its worker once, when the first unit arrives."""
+
+    def __init__(self, make_worker: Callable[[], Callable[[Any], Any]], threads: int) -> None:
+        fix_threads(threads)
+        self._make_worker = make_worker
+        self._worker: Callable[[Any], Any] | None = None
+
+    def run(self, unit: Any) -> Any:
+        if self._worker is None:
+            self._worker = self._make_worker()
+        return self._worker(unit)
+
+
+def _run_task(make_worker: Callable[[], Callable[[T], R]], unit: T, threads: int) -> R:
+    fix_threads(threads)
+    return make_worker()(unit)
+
+
+def _drive(pool: _Pool, units: Sequence[Any], width: int) -> Iterator[tuple[int, Any]]:
+    """Feeds units into the pool, `width` at a time, and yields results as they end."""
+    waiting = list(reversed(range(len(units))))
+    attempts = dict.fromkeys(range(len(units)), 0)
+    running: dict[ray.ObjectRef, int] = {}
+    while waiting or running:
+        while waiting and len(running) < width:
+            index = waiting.pop()
+            attempts[index] += 1
+            running[pool.start(units[index])] = index
+        (ref,), _ = ray.wait(list(running), num_returns=1)
+        index = running.pop(ref)
+        try:
+            result = ray.get(ref)
+        except _LOST as error:
+            pool.release(ref, lost=True)
+            if attempts[index] > pool.executor.max_retries:
+                raise InfrastructureError(
+                    f"{units[index].name} lost its worker {attempts[index]} times: {error}"
+                ) from error
+            waiting.append(index)
+        except failures.RayTaskError as error:
+            pool.release(ref, lost=False)
+            # The unit's own exception, as it would have been raised in this process.
+            raise error.cause or error from error
+        else:
+            pool.release(ref, lost=False)
+            yield index, result

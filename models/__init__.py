@@ -1,0 +1,1 @@
+"""What a checkpoint is: families, lazy reading, atomic writing, the compressed model's code."""

@@ -1,0 +1,5 @@
+"""OLMoE (arXiv 2409.02060): 64 experts, top-8, gate weights are not renormalised."""
+
+from models.families.base import Family
+
+FAMILY = Family(model_type="olmoe", block="mlp", intermediate_key="intermediate_size")

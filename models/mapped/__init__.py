@@ -1,0 +1,1 @@
+"""The `mapped` checkpoint format: original router, merged experts, and a map between the two."""

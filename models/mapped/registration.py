@@ -1,0 +1,70 @@
+"""What Coalesce needs to write and open `mapped` folders. Importing this loads no torch."""
+
+from __future__ import annotations
+
+import ast
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from models.errors import UnknownFamily
+
+
+def modeling_source() -> Path:
+    """The file to copy beside the weights, so that the folder opens without Coalesce."""
+    return Path(__file__).with_name("modeling_coalesce.py")
+
+
+@cache
+def families() -> dict[str, str]:
+    """Supported model types and the stems of their class names.
+
+    Read from the source text of the modeling file, which holds the only copy of this table:
+    importing that file would load torch.
+    """
+    for node in ast.parse(modeling_source().read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "FAMILIES":
+            table: dict[str, str] = ast.literal_eval(node.value)
+            return table
+    raise AssertionError(f"no FAMILIES table in {modeling_source()}")
+
+
+def config_json(base: dict[str, Any], experts_per_layer: dict[int, int]) -> dict[str, Any]:
+    """The config.json of a mapped checkpoint.
+
+    Args:
+        base: the original model's config.json. Its number of experts stays: it is the router width.
+        experts_per_layer: stored experts of every MoE layer; dense layers are absent.
+
+    Raises:
+        UnknownFamily: the base model type has no mapped form.
+    """
+    family = base.get("model_type", "")
+    if family not in families():
+        raise UnknownFamily(
+            f"no mapped format for model type {family!r}", f"supported: {', '.join(families())}"
+        )
+    config, model = (f"Coalesce{families()[family]}{kind}" for kind in ("Config", "ForCausalLM"))
+    module = modeling_source().stem
+    return base | {
+        "model_type": f"coalesce_{family}",
+        "architectures": [model],
+        "auto_map": {
+            "AutoConfig": f"{module}.{config}",
+            "AutoModelForCausalLM": f"{module}.{model}",
+        },
+        "experts_per_layer": {str(layer): n for layer, n in sorted(experts_per_layer.items())},
+    }
+
+
+def register() -> None:
+    """Lets transformers open mapped folders without trust_remote_code. May be called repeatedly."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from models.mapped import modeling_coalesce
+
+    for family, stem in families().items():
+        config = getattr(modeling_coalesce, f"Coalesce{stem}Config")
+        model = getattr(modeling_coalesce, f"Coalesce{stem}ForCausalLM")
+        AutoConfig.register(f"coalesce_{family}", config, exist_ok=True)
+        AutoModelForCausalLM.register(config, model, exist_ok=True)

@@ -1,0 +1,1 @@
+"""Permutation alignment of experts before they are merged."""

@@ -1,0 +1,1 @@
+"""Routing statistics: additive, exact, and the same for any sharding."""

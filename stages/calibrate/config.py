@@ -1,0 +1,25 @@
+"""Config of the calibrate stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from stages.corpus.config import CorpusConfig
+from stages.settings import Settings
+
+VERSION = 1
+
+
+class CalibrateConfig(Settings):
+    """What is observed, and in how many independent shards."""
+
+    data: CorpusConfig
+    # Units of work and of loss: a killed run repeats at most the shards that were under way.
+    shards: int = Field(default=8, gt=0)
+    batch_size: int = Field(default=8, gt=0)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    # Decide again on what another run observed: its statistics.arrow. `data` is then not read.
+    statistics: Path | None = None

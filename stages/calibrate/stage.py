@@ -1,0 +1,159 @@
+"""Calibration shards: each a range of token blocks, each an immutable Arrow file of sums."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from models.arrow import write_table
+from stages.calibrate.config import VERSION, CalibrateConfig
+from stages.calibrate.observer import Observer, add, empty_sums, layer_sums
+from stages.calibrate.statistics import Key, Sums, add_tables, read_statistics, to_table
+from stages.corpus.blocks import Block
+from stages.corpus.stage import read_blocks
+from stages.model import batch_of, load_model, pad_id
+from stages.unit import Fingerprint, beside
+
+
+@dataclass(frozen=True)
+class ShardUnit:
+    """Observes blocks `start` to `stop` of the corpus."""
+
+    index: int
+    start: int
+    stop: int
+    corpus: Path
+    model: Path
+    num_experts: int
+    dtype: str
+    batch_size: int
+    output: Path
+    # Parts of the fingerprint that the shard cannot know: model, tokenizer and corpus digests.
+    inputs: tuple[tuple[str, str], ...]
+
+    @property
+    def name(self) -> str:
+        """`calibrate/shard-00003`."""
+        return f"calibrate/shard-{self.index:05d}"
+
+    @property
+    def outputs(self) -> Sequence[Path]:
+        """The statistics shard."""
+        return (self.output,)
+
+    @property
+    def marker(self) -> Path:
+        """Beside the file."""
+        return beside(self.output)
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """Inputs, block range and everything that changes the arithmetic."""
+        return dict(self.inputs) | {
+            "code": f"calibrate-{VERSION}",
+            "config": {"dtype": self.dtype, "batch_size": self.batch_size},
+            "blocks": [self.start, self.stop],
+        }
+
+
+def plan(
+    config: CalibrateConfig,
+    *,
+    blocks: int,
+    corpus: Path,
+    model: Path,
+    num_experts: int,
+    folder: Path,
+    inputs: dict[str, str],
+) -> list[ShardUnit]:
+    """Cuts the corpus into ranges of nearly equal size, whole batches where that is possible."""
+    batches = -(-blocks // config.batch_size)
+    shards = min(config.shards, batches)
+    edges = [i * batches // shards * config.batch_size for i in range(shards)] + [blocks]
+    return [
+        ShardUnit(
+            index=index,
+            start=start,
+            stop=stop,
+            corpus=corpus,
+            model=model,
+            num_experts=num_experts,
+            dtype=config.dtype,
+            batch_size=config.batch_size,
+            output=folder / f"shard-{index:05d}.arrow",
+            inputs=tuple(sorted(inputs.items())),
+        )
+        for index, (start, stop) in enumerate(pairwise(edges))
+    ]
+
+
+class Replica:
+    """One resident copy of the model, loaded when the first unfinished shard arrives."""
+
+    def __init__(self) -> None:
+        self._loaded: tuple[tuple[Path, str], Any] | None = None
+
+    def run_one(self, unit: ShardUnit) -> dict[str, Any]:
+        """Observes one shard and writes its table."""
+        model = self._model(unit)
+        sums: dict[Key, Sums] = {}
+        tokens = 0
+        for batch in batches(read_blocks(unit.corpus, unit.start, unit.stop), unit.batch_size):
+            observe_batch(model, batch, unit.num_experts, sums)
+            tokens += sum(len(block.tokens) for block in batch)
+        table = to_table(sums, unit.num_experts, dict(unit.inputs))
+        write_table(unit.output, table)
+        return {"tokens": tokens, "blocks": unit.stop - unit.start}
+
+    def _model(self, unit: ShardUnit) -> Any:
+        key = (unit.model, unit.dtype)
+        if self._loaded is None or self._loaded[0] != key:
+            self._loaded = (key, load_model(unit.model, unit.dtype))
+        return self._loaded[1]
+
+
+def reduce(units: Sequence[ShardUnit]) -> pa.Table:
+    """The sum over shards in shard order, each once, whatever order they ended in."""
+    return add_tables(read_statistics(unit.output) for unit in units)
+
+
+def batches(blocks: Sequence[Block], size: int) -> Iterator[Sequence[Block]]:
+    """Consecutive batches of one domain each: a statistic belongs to exactly one domain."""
+    start = 0
+    while start < len(blocks):
+        stop = start + 1
+        while (
+            stop < len(blocks)
+            and stop - start < size
+            and blocks[stop].domain == blocks[start].domain
+        ):
+            stop += 1
+        yield blocks[start:stop]
+        start = stop
+
+
+@torch.inference_mode()
+def observe_batch(
+    model: Any, batch: Sequence[Block], num_experts: int, sums: dict[Key, Sums]
+) -> None:
+    """One forward pass; adds what every layer did to `sums`."""
+    ids, mask = batch_of([block.tokens for block in batch], pad_id(model), model.device)
+    with Observer(model).observe(mask) as seen:
+        model.model(input_ids=ids, attention_mask=mask, use_cache=False)
+    for layer, routed in seen.items():
+        key = (batch[0].domain, layer)
+        add(sums.setdefault(key, empty_sums(num_experts)), layer_sums(routed, num_experts))
+
+
+def make_worker() -> Callable[[ShardUnit], Any]:
+    """A worker for `cluster.executor.Job`: holds one replica, resumes finished shards."""
+    from stages.unit import execute
+
+    replica = Replica()
+    return lambda unit: execute(unit, replica.run_one)

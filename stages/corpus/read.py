@@ -1,0 +1,95 @@
+"""Documents of one source, by domain, in a seeded order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+from stages.corpus.config import Source
+from stages.errors import DataError
+
+_BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".txt": "text"}
+
+
+def documents(source: Source, seed: int) -> dict[str, Iterator[str]]:
+    """Domain -> its texts, shuffled with `seed`; the order does not depend on other sources.
+
+    Raises:
+        DataError: nothing there, an unknown column, or a value that is not text.
+    """
+    dataset = _load(source).shuffle(seed=seed)
+    if source.domain is not None or source.domain_column is None:
+        return {source.domain or Path(source.path).stem: _texts(dataset, source)}
+    names = sorted({str(name) for name in dataset.unique(source.domain_column)})
+    column = [str(name) for name in dataset[source.domain_column]]
+    rows = {name: [i for i, each in enumerate(column) if each == name] for name in names}
+    return {name: _texts(dataset.select(rows[name]), source) for name in names}
+
+
+def check_source(source: Source) -> None:
+    """Fails early on a source that cannot be read; hub names are left to the download.
+
+    Raises:
+        DataError: with the columns that do exist.
+    """
+    if local_files(source):
+        _load(source)
+    elif _looks_local(source.path):
+        raise DataError(f"no file matches {source.path}", "check the path of this text source")
+
+
+def local_files(source: Source) -> list[str]:
+    """Files on this machine that the source names; empty for a hub dataset."""
+    path = Path(source.path)
+    pattern = str(path / "**" / "*") if path.is_dir() else source.path
+    return sorted(f for f in glob(pattern, recursive=True) if Path(f).suffix in _BUILDERS)
+
+
+def _looks_local(path: str) -> bool:
+    return Path(path).suffix in _BUILDERS or path.startswith((".", "/", "~")) or "*" in path
+
+
+def _load(source: Source) -> Any:
+    import datasets
+
+    datasets.disable_progress_bars()
+    files = local_files(source)
+    try:
+        if files:
+            builder = _BUILDERS[Path(files[0]).suffix]
+            dataset = datasets.load_dataset(builder, data_files=files, split="train")
+        else:
+            dataset = datasets.load_dataset(source.path, source.subset, split=source.split)
+    except Exception as error:  # the library's many exception types all mean: cannot be read
+        raise DataError(f"cannot read {source.path}: {error}", _remedy(source)) from error
+    _check_columns(dataset, source)
+    return dataset
+
+
+def _check_columns(dataset: Any, source: Source) -> None:
+    if len(dataset) == 0:
+        raise DataError(f"{source.path} holds no document", "give a source with text")
+    for column in filter(None, (source.text_column, source.domain_column)):
+        if column not in dataset.column_names:
+            raise DataError(
+                f"{source.path} has no column {column!r}; it has {', '.join(dataset.column_names)}",
+                "set `text_column` or `domain_column` of this source",
+            )
+
+
+def _texts(dataset: Any, source: Source) -> Iterator[str]:
+    for row in dataset:
+        text = row[source.text_column]
+        if not isinstance(text, str):
+            raise DataError(
+                f"column {source.text_column!r} of {source.path} holds"
+                f" {type(text).__name__}, not text",
+                "set `text_column` of this source",
+            )
+        yield text
+
+
+def _remedy(source: Source) -> str:
+    return "" if local_files(source) else "without network, give a local file instead of a hub name"

@@ -1,0 +1,133 @@
+"""Tokenises a corpus once; every later unit reads a range of its blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from models.arrow import write_table
+from models.atomic import file_digest, text_digest
+from stages.corpus.blocks import Block, packed, padded, split_budget
+from stages.corpus.config import VERSION, CorpusConfig
+from stages.corpus.read import documents, local_files
+from stages.errors import DataError
+from stages.unit import Fingerprint, beside
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+
+
+@dataclass(frozen=True)
+class CorpusUnit:
+    """Tokenises one mixture into one Arrow file."""
+
+    name: str
+    config: CorpusConfig
+    tokenizer: Path
+    output: Path
+
+    @property
+    def outputs(self) -> Sequence[Path]:
+        """The block table."""
+        return (self.output,)
+
+    @property
+    def marker(self) -> Path:
+        """Beside the file."""
+        return beside(self.output)
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """Tokenizer files, content of local text files, config and code version."""
+        return {
+            "code": f"corpus-{VERSION}",
+            "config": self.config.model_dump(mode="json"),
+            "tokenizer": tokenizer_digest(self.tokenizer),
+            "data": data_digest(self.config),
+        }
+
+
+def run_one(unit: CorpusUnit) -> dict[str, Any]:
+    """Reads, tokenises and packs; writes `domain, tokens` rows, sorted by domain.
+
+    Raises:
+        DataError: no document of a source has a single token.
+    """
+    blocks = list(_blocks(unit.config, _load_tokenizer(unit.tokenizer)))
+    blocks.sort(key=lambda block: block.domain)
+    table = pa.table(
+        {
+            "domain": pa.array([b.domain for b in blocks], pa.string()),
+            "tokens": pa.array([b.tokens for b in blocks], pa.list_(pa.int32())),
+        }
+    )
+    write_table(unit.output, table)
+    counts: dict[str, int] = {}
+    for block in blocks:
+        counts[block.domain] = counts.get(block.domain, 0) + len(block.tokens)
+    return {"blocks": len(blocks), "tokens": counts}
+
+
+def read_blocks(path: Path, start: int = 0, stop: int | None = None) -> list[Block]:
+    """Blocks `start` to `stop` of a corpus file; only their pages are read."""
+    with pa.memory_map(str(path)) as source:
+        table = pa.ipc.open_file(source).read_all()
+        rows = table.slice(start, None if stop is None else stop - start).to_pylist()
+    return [Block(row["domain"], tuple(row["tokens"])) for row in rows]
+
+
+def tokenizer_digest(folder: Path) -> str:
+    """Digest of the files that define a tokenizer."""
+    files = [folder / name for name in _TOKENIZER_FILES if (folder / name).exists()]
+    return text_digest({path.name: file_digest(path) for path in files})
+
+
+def data_digest(config: CorpusConfig) -> str:
+    """Digest of the content of all local files, and of the names of hub datasets."""
+    content = {
+        source.path: [file_digest(Path(f)) for f in local_files(source)] or source.split
+        for source in config.sources
+    }
+    return text_digest(content)
+
+
+def _blocks(config: CorpusConfig, tokenizer: Any) -> Iterator[Block]:
+    budgets = split_budget(config.tokens, [source.weight for source in config.sources])
+    for source, budget in zip(config.sources, budgets, strict=True):
+        by_domain = documents(source, config.seed)
+        shares = split_budget(budget, [1.0] * len(by_domain))
+        for (domain, texts), share in zip(by_domain.items(), shares, strict=True):
+            found = list(_domain_blocks(config, domain, texts, tokenizer, share))
+            if not found:
+                raise DataError(
+                    f"no document of domain {domain!r} in {source.path} has a single token",
+                    "remove this source, or give it text",
+                )
+            yield from found
+
+
+def _domain_blocks(
+    config: CorpusConfig, domain: str, texts: Iterator[str], tokenizer: Any, budget: int
+) -> Iterator[Block]:
+    # Tokenizers put their own special tokens on every document, so blank ones are told by text.
+    encoded: Iterator[list[int]] = (tokenizer(text).input_ids for text in texts if text.strip())
+    if config.layout == "padded":
+        return padded(domain, encoded, config.sequence_length, budget)
+    end = tokenizer.eos_token_id
+    separator = [] if end is None else [int(end)]
+    return packed(domain, encoded, config.sequence_length, budget, separator)
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:
+        raise DataError(
+            f"no tokenizer can be loaded from {folder}: {error}",
+            "put the tokenizer's files beside the checkpoint, or set `model.tokenizer`",
+        ) from error

@@ -1,0 +1,31 @@
+"""What a user can get wrong about data, budget and statistics.
+
+UserError
+├── DataError          calibration or evaluation text
+├── BudgetError        how many experts to keep, or an exporter that cannot express it
+├── StatisticsError    statistics of another model, or damaged ones
+├── StaleUnit          a finished unit was made from another model, data or config
+└── GateError          the written checkpoint did not open as promised
+"""
+
+from models.errors import UserError
+
+
+class DataError(UserError):
+    """Text that is missing, empty or lacks the named column."""
+
+
+class BudgetError(UserError):
+    """A budget that no decision can meet."""
+
+
+class StatisticsError(UserError):
+    """Routing statistics that do not belong to this model."""
+
+
+class StaleUnit(UserError):
+    """A finished unit has another fingerprint than the one now asked for."""
+
+
+class GateError(UserError):
+    """The compressed checkpoint was refused by the reload gate."""

@@ -1,0 +1,167 @@
+"""One unit per model and domain. The original goes first: others are compared with what it said."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.atomic import staged, write_json
+from stages.corpus.blocks import Block
+from stages.corpus.stage import read_blocks
+from stages.errors import DataError
+from stages.evaluate.config import VERSION, EvaluateConfig
+from stages.evaluate.metrics import kl_divergence, next_token_losses, overall, sampled_positions
+from stages.model import batch_of, load_model, pad_id
+from stages.unit import Fingerprint, beside
+
+ORIGINAL = "original"
+
+
+@dataclass(frozen=True)
+class EvaluateUnit:
+    """Measures one model on one domain."""
+
+    variant: str
+    domain: str
+    model: Path
+    needs_code: bool
+    corpus: Path
+    config: EvaluateConfig
+    folder: Path  # evaluation/
+    inputs: tuple[tuple[str, str], ...]
+
+    @property
+    def name(self) -> str:
+        """`evaluate/compressed/german`."""
+        return f"evaluate/{self.variant}/{self.domain}"
+
+    @property
+    def measured(self) -> Path:
+        """The numbers."""
+        return self.folder / self.variant / f"{_safe(self.domain)}.json"
+
+    @property
+    def reference(self) -> Path:
+        """The original's log-probabilities at the sampled positions of this domain."""
+        return self.folder / ORIGINAL / f"{_safe(self.domain)}.safetensors"
+
+    @property
+    def outputs(self) -> Sequence[Path]:
+        """Numbers, and for the original its distributions."""
+        is_original = self.variant == ORIGINAL
+        return (self.measured, self.reference) if is_original else (self.measured,)
+
+    @property
+    def marker(self) -> Path:
+        """Beside the numbers."""
+        return beside(self.measured)
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """The model that is measured, the text, and the arithmetic."""
+        config = self.config.model_dump(
+            mode="json", include={"batch_size", "dtype", "kl_positions"}
+        )
+        return dict(self.inputs) | {"code": f"evaluate-{VERSION}", "config": config}
+
+
+class Measurer:
+    """Holds the model of the last unit: units of one variant follow one another."""
+
+    def __init__(self) -> None:
+        self._loaded: tuple[Path, Any] | None = None
+
+    def run_one(self, unit: EvaluateUnit) -> dict[str, Any]:
+        """Writes loss, tokens and KL sums of one domain.
+
+        Raises:
+            DataError: fewer than two tokens in a row to predict.
+        """
+        if self._loaded is None or self._loaded[0] != unit.model:
+            model = load_model(unit.model, unit.config.dtype, trust_remote_code=unit.needs_code)
+            self._loaded = (unit.model, model)
+        blocks = [b for b in read_blocks(unit.corpus) if b.domain == unit.domain]
+        result, sampled = _measure(self._loaded[1], blocks, unit)
+        if unit.variant == ORIGINAL:
+            _write_reference(unit.reference, sampled)
+        elif unit.config.kl_positions:
+            kl = kl_divergence(_read_reference(unit.reference), sampled).sum(dtype=torch.float64)
+            result |= {"kl": float(kl), "kl_positions": sampled.shape[0]}
+        write_json(unit.measured, result)
+        return result
+
+
+def make_worker() -> Callable[[EvaluateUnit], Any]:
+    """A worker for `cluster.executor.Job`."""
+    from stages.unit import execute
+
+    measurer = Measurer()
+    return lambda unit: execute(unit, measurer.run_one)
+
+
+def reduce(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Domain -> numbers, to perplexity and KL overall and per domain."""
+    import math
+
+    domains = {d: math.exp(r["loss"] / r["tokens"]) for d, r in sorted(results.items())}
+    found: dict[str, Any] = {"perplexity": {"overall": overall(domains), "domains": domains}}
+    kl = {
+        d: r["kl"] / r["kl_positions"] for d, r in sorted(results.items()) if r.get("kl_positions")
+    }
+    if kl:
+        found["kl"] = {"overall": sum(kl.values()) / len(kl), "domains": kl}
+    return found
+
+
+@torch.inference_mode()
+def _measure(
+    model: Any, blocks: Sequence[Block], unit: EvaluateUnit
+) -> tuple[dict[str, Any], Tensor]:
+    """Sums over the domain, and [N, V] log-probabilities at the sampled positions."""
+    predicted = sum(len(block.tokens) - 1 for block in blocks)
+    if predicted < 1:
+        raise DataError(f"domain {unit.domain!r} has no token to predict", "evaluate on more text")
+    wanted = sampled_positions(predicted, unit.config.kl_positions)
+    loss, done, sampled = 0.0, 0, []
+    for logits, ids, mask in _forward(model, blocks, unit.config.batch_size):
+        losses = next_token_losses(logits, ids, mask)
+        loss += float(losses.sum(dtype=torch.float64))
+        here = wanted[(wanted >= done) & (wanted < done + len(losses))] - done
+        rows = logits[:, :-1][mask[:, 1:] & mask[:, :-1]][here.to(logits.device)]
+        sampled.append(rows.float().log_softmax(dim=-1).cpu())
+        done += len(losses)
+    return {"loss": loss, "tokens": done}, torch.cat(sampled)
+
+
+def _forward(
+    model: Any, blocks: Sequence[Block], size: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    for start in range(0, len(blocks), size):
+        rows = [block.tokens for block in blocks[start : start + size]]
+        ids, mask = batch_of(rows, pad_id(model), model.device)
+        yield model(input_ids=ids, attention_mask=mask, use_cache=False).logits, ids, mask
+
+
+def _write_reference(path: Path, log_probabilities: Tensor) -> None:
+    from safetensors.torch import save_file
+
+    with staged(path) as temporary:
+        save_file({"log_probabilities": log_probabilities.contiguous()}, temporary)
+
+
+def _read_reference(path: Path) -> Tensor:
+    from safetensors.torch import load_file
+
+    return load_file(path)["log_probabilities"]
+
+
+def _safe(domain: str) -> str:
+    """A domain as a file name; names come from users and data."""
+    from urllib.parse import quote
+
+    return quote(domain, safe="").replace(".", "%2E")

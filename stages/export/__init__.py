@@ -1,0 +1,1 @@
+"""Writes a checkpoint that opens: formats, assembly and the reload gate."""

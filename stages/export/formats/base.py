@@ -1,0 +1,43 @@
+"""What a checkpoint format decides: tensors of a layer, config.json, and what it can express."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from models.expert import Expert
+from models.moe import MoeCheckpoint
+from stages.export.config import ExportConfig
+from stages.group.decision import LayerDecision
+
+
+class Format(Protocol):
+    """A checkpoint format. All functions are pure; tensors may be on the meta device."""
+
+    # Opens only with the modeling file that is written beside the weights.
+    needs_code: bool
+
+    def check(self, moe: MoeCheckpoint, decisions: Sequence[LayerDecision]) -> None:
+        """Raises BudgetError when the format cannot express the decisions."""
+
+    def layer_tensors(
+        self,
+        moe: MoeCheckpoint,
+        decision: LayerDecision,
+        merged: Sequence[Expert],
+        router: Tensor,
+        config: ExportConfig,
+    ) -> dict[str, Tensor]:
+        """Name -> tensor of router and experts; `merged` has one expert per group."""
+
+    def dense_name(self, moe: MoeCheckpoint, name: str) -> str:
+        """The name of a tensor outside router and experts."""
+
+    def config_json(self, moe: MoeCheckpoint, decisions: Sequence[LayerDecision]) -> dict[str, Any]:
+        """The config.json of the output."""
+
+    def extra_files(self) -> Mapping[str, Path]:
+        """File name -> source of files that belong beside the weights."""

@@ -1,0 +1,66 @@
+"""The paper's semantics (arXiv 2310.01334, A3): E router rows, an `expert_map`, K_l experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.expert import Expert
+from models.mapped.registration import config_json, modeling_source
+from models.moe import MoeCheckpoint
+from stages.export.config import ExportConfig
+from stages.export.formats.expanded import refuse_dropped
+from stages.group.decision import LayerDecision
+
+
+class Mapped:
+    """See `base.Format`. Names are those of the model in memory, because transformers applies no
+    conversion to a model type of our own."""
+
+    needs_code = True
+
+    def check(self, moe: MoeCheckpoint, decisions: Sequence[LayerDecision]) -> None:
+        """Every expert needs a group; any number per layer will do."""
+        refuse_dropped(decisions, "mapped")
+
+    def layer_tensors(
+        self,
+        moe: MoeCheckpoint,
+        decision: LayerDecision,
+        merged: Sequence[Expert],
+        router: Tensor,
+        config: ExportConfig,
+    ) -> dict[str, Tensor]:
+        """gate_up_proj [K, 2I, H], down_proj [K, H, I], expert_map [E], router [E, H]."""
+        block = f"model.layers.{decision.layer}.{moe.family.memory_block}."
+        gate_up = [torch.cat([_gate(expert), expert.up]) for expert in merged]
+        expert_map = torch.tensor(decision.group, dtype=torch.int64)
+        return {
+            block + moe.family.router: router,
+            block + "experts.gate_up_proj": torch.stack(gate_up),
+            block + "experts.down_proj": torch.stack([expert.down for expert in merged]),
+            block + "experts.expert_map": expert_map,
+        }
+
+    def dense_name(self, moe: MoeCheckpoint, name: str) -> str:
+        """As transformers calls it in memory."""
+        return moe.family.memory_name(name)
+
+    def config_json(self, moe: MoeCheckpoint, decisions: Sequence[LayerDecision]) -> dict[str, Any]:
+        """The model type of the modeling file, and the number of experts per layer."""
+        counts = {decision.layer: len(decision.representatives) for decision in decisions}
+        return config_json(moe.checkpoint.config, counts)
+
+    def extra_files(self) -> Mapping[str, Path]:
+        """The modeling file."""
+        return {modeling_source().name: modeling_source()}
+
+
+def _gate(expert: Expert) -> Tensor:
+    if expert.gate is None:
+        raise NotImplementedError("the modeling file knows gated experts only")
+    return expert.gate

@@ -1,0 +1,82 @@
+"""The reload gate: a fresh process opens the checkpoint the way a user would.
+
+This file is run as a script, isolated from the working folder, and imports nothing of Coalesce:
+what it can open, anybody can. It prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+_TOKENS = (2, 24)  # batch, length of the trial input
+
+
+def main() -> None:
+    """`gate.py FOLDER EXPECTATIONS_JSON`"""
+    folder, expected = Path(sys.argv[1]), json.loads(sys.argv[2])
+    print(json.dumps(examine(folder, expected)))
+
+
+def examine(folder: Path, expected: dict[str, Any]) -> dict[str, Any]:
+    """Opens the folder and says what was found; `problems` is empty when all is well."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(expected["threads"])
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype="auto",
+        output_loading_info=True,
+        local_files_only=True,
+        trust_remote_code=expected["needs_code"],
+    )
+    model.eval()
+    faults = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+    problems = [f"{key}: {sorted(map(str, info[key]))[:4]}" for key in faults if info.get(key)]
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if parameters != expected["parameters"]:
+        problems.append(f"{parameters:,} parameters, expected {expected['parameters']:,}")
+    problems += [
+        f"{name} is not finite" for name, p in model.named_parameters() if not p.isfinite().all()
+    ]
+    logits = _logits(model)
+    if not logits.isfinite().all():
+        problems.append("logits are not finite")
+    found: dict[str, Any] = {"class": type(model).__name__, "parameters": parameters}
+    if expected["expanded_config"] is not None:
+        difference = _expanded_difference(model, expected["expanded_config"])
+        found["expanded_max_difference"] = difference
+        if not difference <= expected["tolerance"]:
+            problems.append(f"logits differ from the expanded model's by {difference:.2e}")
+    return found | {"problems": problems}
+
+
+def _logits(model: Any) -> Any:
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, _TOKENS, generator=generator)
+    with torch.inference_mode():
+        return model(input_ids=ids, use_cache=False).logits.float()
+
+
+def _expanded_difference(mapped: Any, base_config: dict[str, Any]) -> float:
+    """Largest |difference| of logits to a plain model in which every slot is filled, in fp32."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    state = mapped.state_dict()
+    for name in [n for n in state if n.endswith(".expert_map")]:
+        slots = state.pop(name)
+        block = name.removesuffix("expert_map")
+        for part in ("gate_up_proj", "down_proj"):
+            state[block + part] = state[block + part][slots]
+    plain = AutoModelForCausalLM.from_config(AutoConfig.for_model(**base_config))
+    plain.load_state_dict(state)
+    return float((_logits(plain.float().eval()) - _logits(mapped.float())).abs().max())
+
+
+if __name__ == "__main__":
+    main()

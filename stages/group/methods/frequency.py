@@ -1,0 +1,19 @@
+"""Frequency pruning: the most often selected experts stay. The simplest baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from stages.calibrate.statistics import LayerStatistics
+from stages.group.budget import uniform
+from stages.group.config import Frequency
+from stages.group.decision import LayerDecision
+from stages.group.methods.base import keep_best
+
+
+def decide(
+    config: Frequency, statistics: Sequence[LayerStatistics], total: int
+) -> list[LayerDecision]:
+    """The same number of experts in every layer; see `base.Decide`."""
+    kept = uniform(total, [each.layer for each in statistics], statistics[0].num_experts)
+    return [keep_best(each, each.frequency, kept[each.layer]) for each in statistics]

@@ -1,0 +1,1 @@
+"""Merging the aligned experts of a group."""

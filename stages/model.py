@@ -1,0 +1,46 @@
+"""Opening a checkpoint in transformers, the same way for every stage that runs the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def load_model(folder: Path, dtype: str, *, trust_remote_code: bool = False) -> Any:
+    """A causal LM in eval mode on this worker's device.
+
+    Args:
+        folder: checkpoint folder; only files in it are read, nothing is downloaded.
+        dtype: `auto` (as stored), `float32`, `bfloat16` or `float16`.
+        trust_remote_code: only ever set for the modeling file that Coalesce itself wrote.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, local_files_only=True, trust_remote_code=trust_remote_code
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.to(device).eval()
+
+
+def pad_id(model: Any) -> int:
+    """A token to fill short rows with; it is masked, so any valid id will do."""
+    value = model.config.pad_token_id
+    return 0 if value is None else int(value)
+
+
+def batch_of(
+    rows: Sequence[Sequence[int]], pad: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """[B, S] int64 ids, padded on the right, and their [B, S] bool mask."""
+    length = max(len(row) for row in rows)
+    ids = torch.full((len(rows), length), pad, dtype=torch.int64)
+    mask = torch.zeros((len(rows), length), dtype=torch.bool)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
+        mask[i, : len(row)] = True
+    return ids.to(device), mask.to(device)

@@ -1,0 +1,1 @@
+"""One decoder layer at a time: align, merge, and write the finished tensors."""

@@ -1,0 +1,169 @@
+"""The per-layer job: read a layer, align and merge its groups, write its finished file.
+
+Nothing else is needed than the layer's own tensors and its rows of the decision table, so layers
+run anywhere, in any order, and the memory is that of one layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from models.atomic import staged
+from models.errors import CheckpointError
+from models.expert import Expert
+from models.moe import MoeCheckpoint
+from stages.align.config import VERSION as ALIGN_VERSION
+from stages.align.config import AlignConfig
+from stages.align.matching import align, squared_distance
+from stages.export.config import VERSION as EXPORT_VERSION
+from stages.export.config import ExportConfig
+from stages.export.formats import FORMATS
+from stages.export.layout import FileLayout
+from stages.group.decision import LayerDecision
+from stages.merge.config import VERSION as MERGE_VERSION
+from stages.merge.config import MergeConfig
+from stages.merge.mean import merge
+from stages.unit import Fingerprint, beside
+
+
+@dataclass(frozen=True)
+class TransformUnit:
+    """Writes one output file; `decision` is None for a file without merged experts."""
+
+    moe: MoeCheckpoint
+    layer: int | None
+    decision: LayerDecision | None
+    align: AlignConfig
+    merge: MergeConfig
+    export: ExportConfig
+    output: Path
+    model: str  # fingerprint of the model
+
+    @property
+    def name(self) -> str:
+        """`layers/layer-00003.safetensors`, with the variant's folder in front."""
+        return "/".join(self.output.parts[-2:])
+
+    @property
+    def outputs(self) -> Sequence[Path]:
+        """The layer's finished file."""
+        return (self.output,)
+
+    @property
+    def marker(self) -> Path:
+        """Beside the file."""
+        return beside(self.output)
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """Model, decision of this layer, and the config that shapes the tensors."""
+        decision = self.decision
+        return {
+            "code": f"align-{ALIGN_VERSION} merge-{MERGE_VERSION} export-{EXPORT_VERSION}",
+            "model": self.model,
+            "config": {
+                "align": self.align.model_dump(mode="json"),
+                "merge": self.merge.model_dump(mode="json"),
+                "export": self.export.model_dump(mode="json", exclude={"compare_limit_bytes"}),
+            },
+            "decision": None
+            if decision is None
+            else [list(decision.group), list(decision.representatives), list(decision.weight)],
+        }
+
+
+def plan(
+    moe: MoeCheckpoint,
+    decisions: Sequence[LayerDecision],
+    layouts: Sequence[FileLayout],
+    *,
+    align: AlignConfig,
+    merge: MergeConfig,
+    export: ExportConfig,
+    folder: Path,
+    model: str,
+) -> list[TransformUnit]:
+    """One unit per output file."""
+    by_layer = {decision.layer: decision for decision in decisions}
+    return [
+        TransformUnit(
+            moe=moe,
+            layer=layout.layer,
+            decision=None if layout.layer is None else by_layer.get(layout.layer),
+            align=align,
+            merge=merge,
+            export=export,
+            output=folder / file_name(layout.layer),
+            model=model,
+        )
+        for layout in layouts
+    ]
+
+
+def file_name(layer: int | None) -> str:
+    """`layer-00003.safetensors`, or `rest.safetensors` for what lies outside all layers."""
+    return "rest.safetensors" if layer is None else f"layer-{layer:05d}.safetensors"
+
+
+def run_one(unit: TransformUnit) -> dict[str, Any]:
+    """Writes the finished tensors of one file.
+
+    Raises:
+        CheckpointError: a merged tensor is not finite.
+    """
+    from safetensors.torch import save_file
+
+    form = FORMATS[unit.export.format]
+    names = unit.moe.dense_names(unit.layer)
+    dense = unit.moe.checkpoint.read(names)
+    tensors = {form.dense_name(unit.moe, name): tensor for name, tensor in dense.items()}
+    result: dict[str, Any] = {"tensors": len(tensors)}
+    if unit.decision is not None:
+        merged, distances = merge_groups(unit.moe, unit.decision, unit.align, unit.merge)
+        router = unit.moe.read_router(unit.decision.layer)
+        tensors |= form.layer_tensors(unit.moe, unit.decision, merged, router, unit.export)
+        result |= {"experts": len(merged)} | distances
+    _refuse_non_finite(unit, tensors)
+    with staged(unit.output) as path:
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, path, metadata={"format": "pt"})
+    return result | {"tensors": len(tensors), "bytes": unit.output.stat().st_size}
+
+
+def merge_groups(
+    moe: MoeCheckpoint, decision: LayerDecision, align_config: AlignConfig, config: MergeConfig
+) -> tuple[list[Expert], dict[str, float]]:
+    """One expert per group, and the squared distances to the representatives.
+
+    Only the members of one group are held beside the results.
+    """
+    merged: list[Expert] = []
+    before = after = 0.0
+    for representative, members in zip(decision.representatives, decision.members, strict=True):
+        experts = dict(zip(members, moe.read_experts(decision.layer, list(members)), strict=True))
+        reference = experts[representative]
+        for expert in members:
+            if expert == representative:
+                continue
+            before += squared_distance(reference, experts[expert])
+            if align_config.enabled:
+                experts[expert] = align(reference, experts[expert])
+            after += squared_distance(reference, experts[expert])
+        uniform = config.weights == "uniform"
+        weights = [1.0 if uniform else decision.weight[expert] for expert in members]
+        merged.append(merge([experts[expert] for expert in members], weights))
+    return merged, {"distance_before": before, "distance_after": after}
+
+
+def _refuse_non_finite(unit: TransformUnit, tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise CheckpointError(
+                f"{unit.name}: {name} holds values that are NaN or infinite",
+                "check the original tensors: `coalesce validate CONFIG --deep`",
+            )

@@ -1,0 +1,1 @@
+"""Reads every weight file once, before anything is spent on it."""
