@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from models.atomic import file_digest, write_json
+from models.atomic import file_digest, text_digest, write_json
 from stages.errors import StaleUnit
 
 Fingerprint = dict[str, Any]
@@ -162,3 +162,9 @@ def _as_json(value: Fingerprint) -> Any:
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 48 else text[:45] + "..."
+
+
+def read_digests(marker: Path) -> str:
+    """One digest for the files of a finished unit, for the fingerprints of units that read them."""
+    outputs = json.loads(marker.read_text())["outputs"]
+    return text_digest({name: entry["sha256"] for name, entry in outputs.items()})

@@ -68,7 +68,7 @@ def run_one(unit: CorpusUnit) -> dict[str, Any]:
     counts: dict[str, int] = {}
     for block in blocks:
         counts[block.domain] = counts.get(block.domain, 0) + len(block.tokens)
-    return {"blocks": len(blocks), "tokens": counts}
+    return {"blocks": len(blocks), "tokens": counts, "bytes": unit.output.stat().st_size}
 
 
 def read_blocks(path: Path, start: int = 0, stop: int | None = None) -> list[Block]:

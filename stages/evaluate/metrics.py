@@ -35,11 +35,6 @@ def sampled_positions(count: int, wanted: int) -> Tensor:
     return torch.arange(wanted) * count // max(wanted, 1)
 
 
-def perplexity(losses: Mapping[str, tuple[float, int]]) -> dict[str, float]:
-    """Domain -> exp(mean loss), from sums and counts."""
-    return {domain: math.exp(total / count) for domain, (total, count) in losses.items()}
-
-
 def overall(per_domain: Mapping[str, float]) -> float:
     """Geometric mean over domains: every domain counts the same, whatever its size."""
     return math.exp(sum(math.log(value) for value in per_domain.values()) / len(per_domain))

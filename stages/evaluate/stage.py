@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,8 +107,6 @@ def make_worker() -> Callable[[EvaluateUnit], Any]:
 
 def reduce(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Domain -> numbers, to perplexity and KL overall and per domain."""
-    import math
-
     domains = {d: math.exp(r["loss"] / r["tokens"]) for d, r in sorted(results.items())}
     found: dict[str, Any] = {"perplexity": {"overall": overall(domains), "domains": domains}}
     kl = {

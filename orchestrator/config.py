@@ -1,0 +1,59 @@
+"""One run is one YAML file: this is its schema. Imports neither torch nor ray."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from stages.align.config import AlignConfig
+from stages.calibrate.config import CalibrateConfig
+from stages.evaluate.config import EvaluateConfig
+from stages.export.config import ExportConfig
+from stages.group.config import GroupConfig, McSmoe
+from stages.merge.config import MergeConfig
+from stages.settings import Settings
+
+
+class ModelConfig(Settings):
+    """The checkpoint to compress."""
+
+    # A local folder, or a Hugging Face hub name that is downloaded to the cache.
+    path: str
+    revision: str | None = None
+    # Folder with the tokenizer; the checkpoint's own by default.
+    tokenizer: Path | None = None
+    # Follow links that lead out of the checkpoint's folder (the Hugging Face cache always works).
+    allow_links: bool = False
+    # full: read every weight once and refuse NaN before anything is spent. headers: sizes only.
+    verify: Literal["full", "headers"] = "full"
+
+
+class ExecutorConfig(Settings):
+    """Where units run. Results do not depend on it."""
+
+    kind: Literal["local", "ray"] = "ray"
+    # local: start a Ray for this run. auto, or ray://host:port: join one.
+    address: str = "local"
+    # Units at the same time; None: one per CPU.
+    workers: int | None = Field(default=None, gt=0)
+    # GPUs of one worker that runs the model.
+    gpus_per_worker: int = Field(default=0, ge=0)
+    # Part of the arithmetic: sums depend on the number of threads in their last bits.
+    threads_per_unit: int = Field(default=1, gt=0)
+
+
+class RunConfig(Settings):
+    """A whole run. Every section's defaults are written beside the stage that it configures."""
+
+    run_dir: Path
+    model: ModelConfig
+    calibrate: CalibrateConfig
+    group: GroupConfig = McSmoe()
+    align: AlignConfig = AlignConfig()
+    merge: MergeConfig = MergeConfig()
+    export: ExportConfig = ExportConfig()
+    # None: nothing is measured, and the report says so.
+    evaluate: EvaluateConfig | None = None
+    executor: ExecutorConfig = ExecutorConfig()

@@ -1,0 +1,34 @@
+"""All errors that a user meets, and the exit code of each kind.
+
+UserError                exit 2: mend the input; nothing half-written is left
+├── ConfigError          a recipe, key or value
+├── RunFolderError       the run folder is not ours, or belongs to other inputs
+├── CheckpointError      models.errors: a file or tensor of the model
+├── DiskFull             models.errors
+├── DataError, BudgetError, StatisticsError, StaleUnit, GateError   stages.errors
+InfrastructureError      exit 75 (try again later): cluster.errors; finished units are kept
+anything else            exit 1: a bug
+"""
+
+from __future__ import annotations
+
+from cluster.errors import InfrastructureError
+from models.errors import UserError
+
+EXIT_USER = 2
+EXIT_RETRY = 75
+
+
+class ConfigError(UserError):
+    """A config that cannot be read, or a key or value in it that is not valid."""
+
+
+class RunFolderError(UserError):
+    """A run folder that holds something else, or another run."""
+
+
+def exit_code(error: BaseException) -> int:
+    """The process exit code for an error."""
+    if isinstance(error, UserError):
+        return EXIT_USER
+    return EXIT_RETRY if isinstance(error, InfrastructureError) else 1

@@ -1,0 +1,140 @@
+"""Which units every stage of a prepared run consists of. Pure: nothing is executed here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from models.atomic import text_digest
+from orchestrator.preflight import Prepared, Variant
+from orchestrator.run_folder import MAIN
+from stages.calibrate import stage as calibrate
+from stages.corpus.stage import CorpusUnit, data_digest, read_blocks, tokenizer_digest
+from stages.evaluate.stage import ORIGINAL, EvaluateUnit
+from stages.export.formats import FORMATS
+from stages.export.layout import FileLayout
+from stages.export.stage import ExportUnit
+from stages.group.decision import LayerDecision
+from stages.transform import stage as transform
+from stages.unit import beside, read_digests
+
+
+def corpus_units(run: Prepared) -> list[CorpusUnit]:
+    """Calibration text (unless statistics are given), and held-out text (if it is measured)."""
+    config, folder = run.config, run.folder
+    units = []
+    if config.calibrate.statistics is None:
+        units.append(
+            CorpusUnit(
+                "corpus/calibration",
+                config.calibrate.data,
+                run.tokenizer,
+                folder.calibration_tokens,
+            )
+        )
+    if config.evaluate is not None:
+        data = config.evaluate.data
+        units.append(CorpusUnit("corpus/evaluation", data, run.tokenizer, folder.evaluation_tokens))
+    return units
+
+
+def calibrate_units(run: Prepared) -> list[calibrate.ShardUnit]:
+    """Shards of the calibration text, once it is tokenised."""
+    if run.config.calibrate.statistics is not None:
+        return []
+    inputs = {
+        "model": run.model,
+        "tokenizer": tokenizer_digest(run.tokenizer),
+        "data": data_digest(run.config.calibrate.data),
+        "corpus": read_digests(beside(run.folder.calibration_tokens)),
+        "threads": str(run.config.executor.threads_per_unit),
+    }
+    return calibrate.plan(
+        run.config.calibrate,
+        blocks=len(read_blocks(run.folder.calibration_tokens)),
+        corpus=run.folder.calibration_tokens,
+        model=run.moe.checkpoint.folder,
+        num_experts=run.moe.num_experts,
+        folder=run.folder.shards,
+        inputs=inputs,
+    )
+
+
+def transform_units(
+    run: Prepared,
+    variant: Variant,
+    decisions: Sequence[LayerDecision],
+    layouts: Sequence[FileLayout],
+) -> list[transform.TransformUnit]:
+    """One unit per file of a variant."""
+    return transform.plan(
+        run.moe,
+        decisions,
+        layouts,
+        align=run.config.align,
+        merge=run.config.merge,
+        export=variant.export,
+        folder=run.folder.layers(variant.name),
+        model=run.model,
+    )
+
+
+def export_unit(
+    run: Prepared,
+    variant: Variant,
+    decisions: Sequence[LayerDecision],
+    layouts: Sequence[FileLayout],
+    units: Sequence[transform.TransformUnit],
+) -> ExportUnit:
+    """The folder of a variant, from its finished layer files."""
+    return ExportUnit(
+        moe=run.moe,
+        decisions=tuple(decisions),
+        layouts=tuple(layouts),
+        files=tuple(unit.output for unit in units),
+        digests=tuple(read_digests(unit.marker) for unit in units),
+        config=variant.export,
+        threads=run.config.executor.threads_per_unit,
+        output=run.folder.output(variant.name),
+    )
+
+
+def evaluate_units(
+    run: Prepared, variant: str, domains: Sequence[str], decisions: Sequence[LayerDecision]
+) -> list[EvaluateUnit]:
+    """One unit per domain. A variant is identified by what it is made from, not by its files,
+    so that a baseline can be removed once it was measured."""
+    config = run.config.evaluate
+    assert config is not None
+    export = next((v.export for v in run.variants if v.name == variant), None)
+    inputs = {
+        "model": run.model,
+        "corpus": read_digests(beside(run.folder.evaluation_tokens)),
+        "threads": str(run.config.executor.threads_per_unit),
+    }
+    if export is not None:
+        made = [(d.layer, d.group, d.representatives, d.weight) for d in decisions]
+        sections = (run.config.align, run.config.merge, export)
+        inputs["variant"] = text_digest([made, [s.model_dump(mode="json") for s in sections]])
+    return [
+        EvaluateUnit(
+            variant=variant,
+            domain=domain,
+            model=_model_folder(run, variant),
+            needs_code=export is not None and FORMATS[export.format].needs_code,
+            corpus=run.folder.evaluation_tokens,
+            config=config,
+            folder=run.folder.evaluation,
+            inputs=tuple(sorted(inputs.items())),
+        )
+        for domain in domains
+    ]
+
+
+def _model_folder(run: Prepared, variant: str) -> Path:
+    return run.moe.checkpoint.folder if variant == ORIGINAL else run.folder.output(variant)
+
+
+def baselines(run: Prepared) -> list[Variant]:
+    """The variants that exist only to be compared with."""
+    return [variant for variant in run.variants if variant.name != MAIN]

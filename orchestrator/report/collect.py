@@ -1,0 +1,167 @@
+"""Gathers report.json from what the stages left (schema: docs/architecture.md)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from orchestrator.preflight import Prepared
+from orchestrator.run_folder import MAIN, versions
+from stages.calibrate.statistics import domain_sums, layers_of
+from stages.corpus.stage import read_blocks
+from stages.evaluate.stage import ORIGINAL
+from stages.export.layout import FileLayout
+from stages.group.decision import LayerDecision
+from stages.group.stage import warnings
+from stages.unit import Done
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What a finished run has in hand."""
+
+    prepared: Prepared
+    statistics: pa.Table
+    decisions: Sequence[LayerDecision]
+    layouts: Sequence[FileLayout]
+    baseline_bytes: Mapping[str, int]
+    measured: Mapping[str, Mapping[str, Any]]
+    done: Mapping[str, Sequence[Done]]
+
+
+def collect(found: Collected) -> dict[str, Any]:
+    """The whole report as JSON values."""
+    config = found.prepared.config
+    moe = found.prepared.moe
+    return {
+        "schema": 1,
+        "run": {
+            "name": found.prepared.folder.root.name,
+            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "command": f"coalesce run {found.prepared.folder.config.name}",
+            "versions": versions(),
+        },
+        "model": {
+            "path": config.model.path,
+            "family": moe.family.model_type,
+            "layers": len(moe.layers),
+            "top_k": moe.top_k,
+            "parameters": moe.checkpoint.parameters,
+        },
+        "method": {
+            "name": config.group.method,
+            "config": {
+                "group": config.group.model_dump(mode="json"),
+                "align": config.align.model_dump(mode="json"),
+                "merge": config.merge.model_dump(mode="json"),
+                "export": config.export.model_dump(mode="json"),
+            },
+        },
+        "format": config.export.format,
+        **_sizes(found),
+        **_layers(found),
+        "warnings": warnings(layers_of(found.statistics)),
+        "tokens": _tokens(found),
+        "routing": _routing(found.statistics),
+        **_quality(found.measured),
+        "baseline_bytes": dict(found.baseline_bytes),
+        "seconds": _per_stage(found, lambda each: round(sum(d.seconds for d in each), 3)),
+        "peak_rss_bytes": _per_stage(found, lambda each: max(d.peak_rss_bytes for d in each)),
+        "gate": _export_result(found),
+    }
+
+
+def _sizes(found: Collected) -> dict[str, Any]:
+    moe, config = found.prepared.moe, found.prepared.config
+    sizes = {
+        "before": moe.checkpoint.file_bytes,
+        "after": _export_result(found)["bytes"],
+        "predicted": sum(layout.file_bytes for layout in found.layouts),
+    }
+    requested = config.group.budget.target_bytes
+    parameters = sum(layout.parameters for layout in found.layouts)
+    return {
+        "bytes": sizes | ({} if requested is None else {"requested": requested}),
+        "parameters": {"before": moe.checkpoint.parameters, "after": parameters},
+    }
+
+
+def _layers(found: Collected) -> dict[str, Any]:
+    decisions = found.decisions
+    merged = {d.name: d.result for d in found.done.get("transform", ())}
+    results = {d.layer: merged.get(f"layers/{file_name(d.layer)}", {}) for d in decisions}
+    return {
+        "experts": {
+            "before": {str(d.layer): len(d.group) for d in decisions},
+            "after": {str(d.layer): len(d.representatives) for d in decisions},
+        },
+        "groups": {str(d.layer): _groups(d) for d in decisions},
+        "align": {
+            str(layer): {
+                "objective_before": result["distance_before"],
+                "objective_after": result["distance_after"],
+            }
+            for layer, result in results.items()
+            if "distance_before" in result
+        },
+    }
+
+
+def _groups(decision: LayerDecision) -> list[list[int]]:
+    """Members of every group, its representative first."""
+    pairs = zip(decision.representatives, decision.members, strict=True)
+    return [[first, *(e for e in members if e != first)] for first, members in pairs]
+
+
+def _tokens(found: Collected) -> dict[str, int]:
+    by_domain = {domain: int(s["tokens"][0]) for (domain, _), s in _sums(found.statistics).items()}
+    counts = {"calibration": sum(by_domain.values())}
+    if found.prepared.config.evaluate is not None:
+        blocks = read_blocks(found.prepared.folder.evaluation_tokens)
+        counts["evaluation"] = sum(len(block.tokens) for block in blocks)
+    return counts
+
+
+def _routing(table: pa.Table) -> dict[str, dict[str, list[float]]]:
+    """Layer -> domain -> share of the selections of each expert."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for (domain, layer), sums in _sums(table).items():
+        total = max(int(sums["selected"].sum()), 1)
+        shares = [round(int(count) / total, 6) for count in sums["selected"]]
+        found.setdefault(str(layer), {})[domain] = shares
+    return found
+
+
+def _sums(table: pa.Table) -> dict[tuple[str, int], Any]:
+    return dict(sorted(domain_sums(table).items()))
+
+
+def _quality(measured: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    if not measured:
+        return {}
+    baselines = {name: m for name, m in measured.items() if name not in (ORIGINAL, MAIN)}
+    found: dict[str, Any] = {
+        "perplexity": {
+            "original": measured[ORIGINAL]["perplexity"],
+            "compressed": measured[MAIN]["perplexity"],
+            "baselines": {name: each["perplexity"] for name, each in baselines.items()},
+        }
+    }
+    if "kl" in measured[MAIN]:
+        found["kl"] = {
+            "compressed": measured[MAIN]["kl"],
+            "baselines": {name: each["kl"] for name, each in baselines.items()},
+        }
+    return found
+
+
+def _export_result(found: Collected) -> dict[str, Any]:
+    return found.done["export"][0].result
+
+
+def _per_stage(found: Collected, measure: Any) -> dict[str, Any]:
+    return {stage: measure(done) for stage, done in found.done.items() if done}

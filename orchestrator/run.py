@@ -1,0 +1,197 @@
+"""The main job: observe, decide, transform, write, prove. Safe to kill and to repeat anywhere."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from cluster.executor import Resources
+from models.arrow import read_table, write_table
+from models.atomic import file_digest, write_bytes, write_json
+from orchestrator import pipeline, run_folder
+from orchestrator.events import EventLog, Listener
+from orchestrator.preflight import Prepared, Variant
+from orchestrator.report.card import render_card
+from orchestrator.report.collect import Collected, collect
+from orchestrator.report.write import write_report
+from orchestrator.run_folder import MAIN
+from orchestrator.scheduler import Scheduler, open_executor
+from stages.calibrate import stage as calibrate
+from stages.calibrate.statistics import LayerStatistics, layers_of, read_statistics
+from stages.corpus import stage as corpus
+from stages.corpus.stage import read_blocks
+from stages.errors import StatisticsError
+from stages.evaluate import stage as evaluate
+from stages.evaluate.stage import ORIGINAL
+from stages.export import stage as export
+from stages.export.formats import FORMATS
+from stages.export.layout import FileLayout, file_layouts, sizes
+from stages.group import stage as group
+from stages.group.decision import LayerDecision, to_table
+from stages.transform import stage as transform
+from stages.unit import beside, read_marker
+from stages.verify import stage as verify
+
+
+@dataclass(frozen=True)
+class Decided:
+    """A variant with its decisions and the files that follow from them."""
+
+    variant: Variant
+    decisions: list[LayerDecision]
+    layouts: list[FileLayout]
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the weight files."""
+        return sum(layout.file_bytes for layout in self.layouts)
+
+
+def run(prepared: Prepared, listeners: Sequence[Listener] = ()) -> Path:
+    """Runs whatever is not done yet; returns the folder of the report."""
+    folder = prepared.folder
+    run_folder.claim(folder, prepared.config, prepared.model)
+    events = EventLog(folder.events, listeners)
+    events.emit("run_started", run=str(folder.root), resumes=prepared.resumes)
+    resources = Resources(gpus=prepared.config.executor.gpus_per_worker)
+    with open_executor(prepared.config.executor) as executor:
+        scheduler = Scheduler(executor, events, resources)
+        statistics = _observe(prepared, scheduler)
+        decided = _decide(prepared, scheduler, statistics, events)
+        _write_models(prepared, scheduler, decided)
+        measured = _measure(prepared, scheduler, decided)
+    with scheduler.here("report"):
+        found = Collected(
+            prepared=prepared,
+            statistics=statistics,
+            decisions=decided[0].decisions,
+            layouts=decided[0].layouts,
+            baseline_bytes={each.variant.name: each.file_bytes for each in decided[1:]},
+            measured=measured,
+            done=scheduler.done,
+        )
+        report = collect(found)
+        write_report(report, folder.report)
+        card = render_card(report, folder.config.read_text())
+        write_bytes(folder.output(MAIN) / "README.md", card.encode())
+    _remove_baselines(prepared)
+    events.emit("run_done", report=str(folder.report / "index.html"))
+    return folder.report
+
+
+def _observe(prepared: Prepared, scheduler: Scheduler) -> pa.Table:
+    """Verify, tokenise, calibrate: the statistics table, on disk and in hand."""
+    config, folder = prepared.config, prepared.folder
+    if config.model.verify == "full":
+        units = verify.plan(prepared.moe.checkpoint, folder.verify)
+        scheduler.run("verify", units, verify.run_one)
+    scheduler.run("corpus", pipeline.corpus_units(prepared), corpus.run_one)
+    if config.calibrate.statistics is not None:
+        table = read_statistics(config.calibrate.statistics)
+    else:
+        shards = pipeline.calibrate_units(prepared)
+        scheduler.run_model("calibrate", shards, calibrate.make_worker)
+        table = calibrate.reduce(shards)
+    return _settle(folder.statistics, table)
+
+
+def _settle(path: Path, table: pa.Table) -> pa.Table:
+    """Writes a table that the driver made; an existing one must be the same, byte for byte."""
+    digest = beside(path)
+    with suppress(FileNotFoundError, ValueError):
+        if file_digest(path) == digest.read_text().strip().strip('"'):
+            found = read_table(path)
+            if found.equals(table, check_metadata=True):
+                return found
+            raise StatisticsError(f"{path} differs from what its inputs give", "use a new run_dir")
+    write_table(path, table)
+    write_json(digest, file_digest(path))
+    return table
+
+
+def _decide(
+    prepared: Prepared, scheduler: Scheduler, table: pa.Table, events: EventLog
+) -> list[Decided]:
+    """Decisions of the main variant and the baselines, from the same statistics."""
+    statistics = layers_of(table)
+    for message in group.warnings(statistics):
+        events.emit("warning", message=message)
+    with scheduler.here("group"):
+        return [_decide_one(prepared, variant, statistics) for variant in prepared.variants]
+
+
+def _decide_one(
+    prepared: Prepared, variant: Variant, statistics: Sequence[LayerStatistics]
+) -> Decided:
+    decisions = group.decide(variant.method, statistics, sizes(prepared.moe, variant.export))
+    FORMATS[variant.export.format].check(prepared.moe, decisions)
+    metadata = {
+        "method": variant.method.model_dump_json(),
+        "experts_kept": str(sum(len(d.representatives) for d in decisions)),
+        "model": prepared.model,
+    }
+    _settle(prepared.folder.decision(variant.name), to_table(decisions, metadata))
+    return Decided(variant, decisions, file_layouts(prepared.moe, decisions, variant.export))
+
+
+def _write_models(prepared: Prepared, scheduler: Scheduler, decided: Sequence[Decided]) -> None:
+    """Layer files of all variants fan out together; then every folder is assembled and tried."""
+    needed = [each for each in decided if not _measured_already(prepared, each)]
+    plans = [
+        pipeline.transform_units(prepared, each.variant, each.decisions, each.layouts)
+        for each in needed
+    ]
+    scheduler.run("transform", [unit for units in plans for unit in units], transform.run_one)
+    exports = [
+        pipeline.export_unit(prepared, each.variant, each.decisions, each.layouts, units)
+        for each, units in zip(needed, plans, strict=True)
+    ]
+    scheduler.run("export", exports, export.run_one)
+
+
+def _measured_already(prepared: Prepared, decided: Decided) -> bool:
+    """True for a baseline whose numbers are in: its checkpoint is not needed again."""
+    name = decided.variant.name
+    if name == MAIN or prepared.config.evaluate is None:
+        return False
+    units = pipeline.evaluate_units(prepared, name, _domains(prepared), decided.decisions)
+    return all(read_marker(unit) is not None for unit in units)
+
+
+def _domains(prepared: Prepared) -> list[str]:
+    return sorted({block.domain for block in read_blocks(prepared.folder.evaluation_tokens)})
+
+
+def _measure(
+    prepared: Prepared, scheduler: Scheduler, decided: Sequence[Decided]
+) -> dict[str, dict[str, Any]]:
+    """Variant -> perplexity and KL; the original first, since the others are compared with it."""
+    if prepared.config.evaluate is None:
+        return {}
+    domains = _domains(prepared)
+    first = pipeline.evaluate_units(prepared, ORIGINAL, domains, [])
+    rest = [
+        unit
+        for each in decided
+        for unit in pipeline.evaluate_units(prepared, each.variant.name, domains, each.decisions)
+    ]
+    outcomes = scheduler.run_model("evaluate", first, evaluate.make_worker)
+    outcomes += scheduler.run_model("evaluate", rest, evaluate.make_worker)
+    results: dict[str, dict[str, Any]] = {}
+    for unit, done in zip([*first, *rest], outcomes, strict=True):
+        results.setdefault(unit.variant, {})[unit.domain] = done.result
+    return {variant: evaluate.reduce(by_domain) for variant, by_domain in results.items()}
+
+
+def _remove_baselines(prepared: Prepared) -> None:
+    """Frees what was written only to be measured; numbers and decisions stay."""
+    if prepared.config.evaluate is not None and not prepared.config.evaluate.keep_baselines:
+        for variant in pipeline.baselines(prepared):
+            shutil.rmtree(prepared.folder.output(variant.name), ignore_errors=True)
+            shutil.rmtree(prepared.folder.layers(variant.name), ignore_errors=True)

@@ -1,0 +1,176 @@
+"""Every path of a run, and the claim that a folder belongs to this run and no other."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from models.atomic import write_bytes, write_json
+from orchestrator.config import RunConfig
+from orchestrator.errors import RunFolderError
+from stages.unit import differences
+
+_PACKAGES = ("coalesce-moe", "torch", "transformers", "ray", "safetensors", "pyarrow", "datasets")
+MAIN = "compressed"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Names of files; nothing else joins strings to paths."""
+
+    root: Path
+
+    @property
+    def identity(self) -> Path:
+        """What this run is: model, config, versions, command."""
+        return self.root / "run.json"
+
+    @property
+    def config(self) -> Path:
+        """The resolved config, for people and for `coalesce run`."""
+        return self.root / "config.yaml"
+
+    @property
+    def events(self) -> Path:
+        """One JSON line per state change."""
+        return self.root / "events.jsonl"
+
+    @property
+    def verify(self) -> Path:
+        """Markers of checked weight files."""
+        return self.root / "verify"
+
+    @property
+    def calibration_tokens(self) -> Path:
+        """Token blocks that are observed."""
+        return self.root / "calibration" / "tokens.arrow"
+
+    @property
+    def shards(self) -> Path:
+        """Statistics shards."""
+        return self.root / "calibration" / "shards"
+
+    @property
+    def statistics(self) -> Path:
+        """The sum over shards."""
+        return self.root / "statistics.arrow"
+
+    @property
+    def evaluation(self) -> Path:
+        """Held-out tokens and what was measured on them."""
+        return self.root / "evaluation"
+
+    @property
+    def evaluation_tokens(self) -> Path:
+        """Token blocks that are measured."""
+        return self.evaluation / "tokens.arrow"
+
+    @property
+    def report(self) -> Path:
+        """index.html, report.json, pictures."""
+        return self.root / "report"
+
+    def variant(self, name: str) -> Path:
+        """Folder of the compressed model or of a pruning baseline."""
+        return self.root if name == MAIN else self.root / "baselines" / name
+
+    def decision(self, variant: str) -> Path:
+        """Decision table."""
+        return self.variant(variant) / "decision.arrow"
+
+    def layers(self, variant: str) -> Path:
+        """Finished layer files."""
+        return self.variant(variant) / "layers"
+
+    def output(self, variant: str) -> Path:
+        """The checkpoint."""
+        return self.variant(variant) / "output"
+
+
+def claim(folder: RunFolder, config: RunConfig, model: str) -> None:
+    """Takes a new or our own folder for this run.
+
+    Raises:
+        RunFolderError: something else is in it, or a run of another model or config.
+    """
+    wanted = {"model": model, "config": settled(config)}
+    found = _read_identity(folder)
+    if found is not None:
+        refuse_changed(folder, found, wanted)
+        return
+    folder.root.mkdir(parents=True, exist_ok=True)
+    write_bytes(folder.config, yaml.safe_dump(config.model_dump(mode="json")).encode())
+    write_json(
+        folder.identity,
+        wanted | {"schema": 1, "versions": versions(), "command": " ".join(sys.argv)},
+    )
+
+
+def check(folder: RunFolder, config: RunConfig, model: str) -> bool:
+    """`claim` without writing; True when the folder already holds this run."""
+    found = _read_identity(folder)
+    if found is not None:
+        refuse_changed(folder, found, {"model": model, "config": settled(config)})
+    return found is not None
+
+
+def settled(config: RunConfig) -> dict[str, Any]:
+    """The part of a config that decides results; where and how fast units run is not in it."""
+    free: dict[str, Any] = {"run_dir": True, "executor": True}
+    values: dict[str, Any] = config.model_dump(mode="json", exclude=free)
+    return values | {"threads_per_unit": config.executor.threads_per_unit}
+
+
+def refuse_changed(folder: RunFolder, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Nothing is resumed silently across a change."""
+    parts = {key: found.get(key) for key in wanted}
+    if parts != dict(wanted):
+        raise RunFolderError(
+            f"{folder.root} holds a run of other inputs: {differences(parts, dict(wanted))}",
+            "choose another `run_dir`; `calibrate.statistics=OTHER_RUN/statistics.arrow` reuses"
+            " what was observed",
+        )
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result may depend on."""
+    found = {"python": sys.version.split()[0]}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found
+
+
+def _read_identity(folder: RunFolder) -> dict[str, Any] | None:
+    if not folder.root.exists():
+        return None
+    if not folder.root.is_dir():
+        raise RunFolderError(f"{folder.root} is not a folder", "choose another `run_dir`")
+    try:
+        found: dict[str, Any] = json.loads(folder.identity.read_text())
+        return found
+    except FileNotFoundError:
+        # A run that was killed while it claimed the folder leaves config.yaml at most.
+        foreign = sorted(p.name for p in folder.root.iterdir() if p.name not in _own_names(folder))
+        if foreign:
+            raise RunFolderError(
+                f"{folder.root} is not empty and holds no run: {', '.join(foreign[:4])}",
+                "choose another `run_dir`; nothing was changed",
+            ) from None
+        return None
+    except ValueError as error:
+        raise RunFolderError(f"{folder.identity} is damaged: {error}") from error
+
+
+def _own_names(folder: RunFolder) -> set[str]:
+    temporary = {path.name for path in folder.root.glob(".*.tmp")}
+    return {folder.config.name, folder.events.name} | temporary

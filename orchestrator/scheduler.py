@@ -1,0 +1,114 @@
+"""Runs the units of one stage on an executor, and says what happened."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeVar
+
+from cluster.executor import Executor, Job, Resources
+from orchestrator.config import ExecutorConfig
+from orchestrator.events import EventLog
+from stages.unit import Done, Unit, execute, peak_rss, read_marker, reset_peak_rss
+
+U = TypeVar("U", bound=Unit)
+
+
+class Scheduler:
+    """Feeds stages to an executor; keeps the outcome of every unit."""
+
+    def __init__(self, executor: Executor, events: EventLog, resources: Resources) -> None:
+        self._executor = executor
+        self._events = events
+        self._resources = resources
+        self.done: dict[str, list[Done]] = {}
+
+    def run(
+        self, stage: str, units: Sequence[U], run_one: Callable[[U], dict[str, Any]]
+    ) -> list[Done]:
+        """Units that need nothing but their own inputs."""
+        return self._run(stage, units, Job(partial(_stateless, run_one)))
+
+    def run_model(
+        self, stage: str, units: Sequence[U], make_worker: Callable[[], Callable[[U], Done]]
+    ) -> list[Done]:
+        """Units whose worker holds a loaded model."""
+        return self._run(stage, units, Job(make_worker, True, self._resources))
+
+    @contextmanager
+    def here(self, stage: str) -> Iterator[None]:
+        """A stage that the driver does itself, in seconds: timed and reported like the others."""
+        self._events.emit("stage_started", stage=stage, units=1)
+        reset_peak_rss()
+        start = time.monotonic()
+        yield
+        seconds = round(time.monotonic() - start, 3)
+        self.done[stage] = [Done(stage, {}, {}, seconds, peak_rss())]
+        self._events.emit("unit_done", stage=stage, unit=stage, done=1, units=1)
+        self._events.emit("stage_done", stage=stage, seconds=seconds)
+
+    def _run(self, stage: str, units: Sequence[U], job: Job[U, Done]) -> list[Done]:
+        """Results in the order of the units, however they ended.
+
+        Finished units are handed out as well: their digests are checked where they lie.
+        """
+        finished = sum(read_marker(unit) is not None for unit in units)
+        self._events.emit("stage_started", stage=stage, units=len(units))
+        if finished:
+            self._events.emit("resuming", stage=stage, done=finished, units=len(units))
+        start, results = time.monotonic(), dict[int, Done]()
+        for index, done in self._executor.imap(job, units) if units else ():
+            results[index] = done
+            self._report(stage, results, len(units), done, time.monotonic() - start)
+        ordered = [results[index] for index in range(len(units))]
+        self.done.setdefault(stage, []).extend(ordered)
+        self._events.emit("stage_done", stage=stage, seconds=round(time.monotonic() - start, 3))
+        return ordered
+
+    def _report(
+        self, stage: str, results: dict[int, Done], units: int, done: Done, elapsed: float
+    ) -> None:
+        measure = "tokens" if stage in ("calibrate", "evaluate") else "bytes"
+        fresh = [each for each in results.values() if not each.resumed]
+        self._events.emit(
+            "unit_done",
+            stage=stage,
+            unit=done.name,
+            done=len(results),
+            units=units,
+            seconds=done.seconds,
+            peak_rss_bytes=done.peak_rss_bytes,
+            resumed=done.resumed,
+            amount=sum(int(each.result.get(measure, 0)) for each in fresh),
+            of=measure,
+            elapsed_seconds=round(elapsed, 3),
+            eta_seconds=round(elapsed / len(results) * (units - len(results)), 1),
+        )
+
+
+def _stateless(run_one: Callable[[U], dict[str, Any]]) -> Callable[[U], Done]:
+    return partial(_execute, run_one)
+
+
+def _execute(run_one: Callable[[U], dict[str, Any]], unit: U) -> Done:
+    return execute(unit, run_one)
+
+
+@contextmanager
+def open_executor(config: ExecutorConfig) -> Iterator[Executor]:
+    """The executor that a config asks for; Ray is imported only when it is used."""
+    if config.kind == "local":
+        from cluster.local import LocalExecutor
+
+        with LocalExecutor(config.threads_per_unit) as local:
+            yield local
+        return
+    from cluster.ray import RayExecutor
+
+    executor = RayExecutor(
+        address=config.address, workers=config.workers, threads=config.threads_per_unit
+    )
+    with executor as started:
+        yield started
