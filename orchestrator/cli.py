@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from orchestrator.errors import ConfigError, UserError, exit_code
+from models.errors import UserError
+from orchestrator.errors import ConfigError, exit_code
 
 if TYPE_CHECKING:
     from orchestrator.load import Loaded

@@ -17,6 +17,7 @@ from stages.evaluate.stage import ORIGINAL
 from stages.export.layout import FileLayout
 from stages.group.decision import LayerDecision
 from stages.group.stage import warnings
+from stages.transform.stage import file_name
 from stages.unit import Done
 
 

@@ -108,9 +108,8 @@ class Observer:
 
 def moe_blocks(model: nn.Module) -> dict[int, nn.Module]:
     """Decoder layer -> its MoE block: the module that has both `gate` and `experts`."""
-    layers: nn.ModuleList = model.get_submodule("model.layers")  # type: ignore[assignment]
     found: dict[int, nn.Module] = {}
-    for index, layer in enumerate(layers):
+    for index, layer in enumerate(model.get_submodule("model.layers").children()):
         for module in layer.modules():
             if hasattr(module, "gate") and hasattr(module, "experts"):
                 found[index] = module
@@ -136,10 +135,11 @@ def _watch(block: nn.Module, layer: int, keep: Tensor, seen: dict[int, Routed]) 
         )
         outputs = pairs.view(*ids.shape, -1)  # [T, k, H]
         seen[layer] = Routed(logits.pop()[keep], ids[keep], gates[keep], outputs[keep])
-        return (outputs * gates.unsqueeze(-1)).sum(dim=1).to(hidden.dtype)
+        combined: Tensor = (outputs * gates.unsqueeze(-1)).sum(dim=1)
+        return combined.to(hidden.dtype)
 
     hook = router.register_forward_hook(lambda _module, _args, output: logits.append(output[0]))
-    experts.forward = observed  # type: ignore[method-assign]
+    experts.forward = observed
 
     def undo() -> None:
         hook.remove()

@@ -13,8 +13,8 @@ import torch
 
 from models.arrow import write_table
 from stages.calibrate.config import VERSION, CalibrateConfig
-from stages.calibrate.observer import Observer, add, empty_sums, layer_sums
-from stages.calibrate.statistics import Key, Sums, add_tables, read_statistics, to_table
+from stages.calibrate.observer import Observer, Sums, add, empty_sums, layer_sums
+from stages.calibrate.statistics import Key, add_tables, read_statistics, to_table
 from stages.corpus.blocks import Block
 from stages.corpus.stage import read_blocks
 from stages.model import batch_of, load_model, pad_id

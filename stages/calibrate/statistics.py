@@ -44,7 +44,7 @@ class LayerStatistics:
     def frequency(self) -> np.ndarray[Any, Any]:
         """[E] float64: share of the layer's selections, summing to 1 (row normalisation)."""
         selected = self.sums["selected"].astype(np.float64)
-        return selected / max(selected.sum(), 1.0)
+        return np.asarray(selected / max(selected.sum(), 1.0))
 
 
 def schema(num_experts: int, metadata: Mapping[str, str]) -> pa.Schema:

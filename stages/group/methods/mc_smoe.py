@@ -49,4 +49,4 @@ def router_cosine(gram: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     scale = np.outer(norms, norms)
     cosine = np.divide(gram, scale, out=np.zeros_like(gram), where=scale > 0)
     np.fill_diagonal(cosine, 1.0)
-    return np.clip((cosine + cosine.T) / 2, -1.0, 1.0)
+    return np.asarray(np.clip((cosine + cosine.T) / 2, -1.0, 1.0))
