@@ -6,6 +6,7 @@ Only infrastructure failures are retried; an error raised by a unit ends the run
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
@@ -76,7 +77,7 @@ class RayExecutor:
         ray.init(
             address=self._address,
             log_to_driver=False,
-            configure_logging=False,
+            logging_level=logging.ERROR,
             **(own if self._address == "local" else {}),
         )
         return self

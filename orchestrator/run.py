@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import yaml
 
 from cluster.executor import Resources
 from models.arrow import read_table, write_table
@@ -78,7 +79,8 @@ def run(prepared: Prepared, listeners: Sequence[Listener] = ()) -> Path:
         )
         report = collect(found)
         write_report(report, folder.report)
-        card = render_card(report, folder.config.read_text())
+        # What decides the result, and nothing about the machine that it was made on.
+        card = render_card(report, yaml.safe_dump(run_folder.settled(prepared.config)))
         write_bytes(folder.output(MAIN) / "README.md", card.encode())
     _remove_baselines(prepared)
     events.emit("run_done", report=str(folder.report / "index.html"))

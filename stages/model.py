@@ -19,7 +19,9 @@ def load_model(folder: Path, dtype: str, *, trust_remote_code: bool = False) -> 
         trust_remote_code: only ever set for the modeling file that Coalesce itself wrote.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, local_files_only=True, trust_remote_code=trust_remote_code
     )

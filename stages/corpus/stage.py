@@ -113,7 +113,9 @@ def _domain_blocks(
     config: CorpusConfig, domain: str, texts: Iterator[str], tokenizer: Any, budget: int
 ) -> Iterator[Block]:
     # Tokenizers put their own special tokens on every document, so blank ones are told by text.
-    encoded: Iterator[list[int]] = (tokenizer(text).input_ids for text in texts if text.strip())
+    encoded: Iterator[list[int]] = (
+        tokenizer(text, verbose=False).input_ids for text in texts if text.strip()
+    )
     if config.layout == "padded":
         return padded(domain, encoded, config.sequence_length, budget)
     end = tokenizer.eos_token_id

@@ -1,0 +1,5 @@
+"""`python -m orchestrator` is `coalesce`."""
+
+from orchestrator.cli import main
+
+main()
