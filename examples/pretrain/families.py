@@ -1,7 +1,8 @@
-"""Grouping of related documents, so that near-copies never face each other across splits.
+"""Grouping of related documents, so that near-copies do not face each other across splits.
 
 Two translations of a chapter, or two versions of a licence, share so much text that a held-out
 perplexity would partly measure recall of the training text. A family goes to one split as a whole.
+Only these two kinds are searched for; rarer repetitions elsewhere stay.
 """
 
 from __future__ import annotations

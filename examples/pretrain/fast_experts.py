@@ -89,8 +89,9 @@ def padded_bmm_forward(
     experts: MixtralExperts, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     """Drop-in for `MixtralExperts.forward`: hidden [T, H], index and weights [T, K] -> [T, H]."""
-    gate_up: Tensor = experts.gate_up_proj  # [E, 2F, H]; a cast copy while training, so no Parameter
-    down: Tensor = experts.down_proj  # [E, H, F]
+    # While training these are cast copies of the parameters: [E, 2F, H] and [E, H, F].
+    gate_up: Tensor = experts.gate_up_proj
+    down: Tensor = experts.down_proj
     plan = plan_dispatch(top_k_index, gate_up.shape[0], hidden.dtype)
     slots: Tensor = Scatter.apply(hidden, plan)  # type: ignore[no-untyped-call]
     slots = slots.view(gate_up.shape[0], plan.capacity, -1)  # [E, C, H]

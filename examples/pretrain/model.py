@@ -11,6 +11,7 @@ from torch.func import functional_call
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import fast_experts
+from fused_loss import fused_cross_entropy
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +78,8 @@ def compute_losses(model: MixtralForCausalLM, tokens: Tensor) -> Losses:
     weights = {name: weight.bfloat16() for name, weight in model.model.named_parameters()}
     kwargs = {"inputs_embeds": embedded, "use_cache": False, "output_router_logits": True}
     output = functional_call(model.model, weights, kwargs=kwargs)
-    logits = nn.functional.linear(output.last_hidden_state, table.bfloat16())  # [B, S, V]
-    loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+    hidden = output.last_hidden_state.flatten(0, 1)  # [B * S, H]
+    loss = fused_cross_entropy(hidden, table, tokens[:, 1:].flatten())
     return Losses(loss, balance_loss(output.router_logits, model.config.num_experts_per_tok))
 
 
