@@ -37,10 +37,6 @@ class Job(Generic[T, R]):
 class Executor(Protocol):
     """Runs units somewhere and yields results in the order in which they end."""
 
-    @property
-    def workers(self) -> int:
-        """Units that may run at the same time."""
-
     def imap(self, job: Job[T, R], units: Sequence[T]) -> Iterator[tuple[int, R]]:
         """Yields (index of the unit, its result); the first failure ends the iteration."""
 

@@ -15,11 +15,6 @@ class LocalExecutor:
     def __init__(self, threads: int) -> None:
         self._threads = threads
 
-    @property
-    def workers(self) -> int:
-        """Always one."""
-        return 1
-
     def imap(self, job: Job[T, R], units: Sequence[T]) -> Iterator[tuple[int, R]]:
         """Runs the units in their order."""
         fix_threads(self._threads)

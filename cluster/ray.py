@@ -39,18 +39,31 @@ class RayExecutor:
         self._threads = threads
         self._max_retries = max_retries
 
-    @property
-    def workers(self) -> int:
-        """Units in flight: as configured, or one per CPU of the cluster."""
-        return self._wanted or max(1, int(ray.cluster_resources().get("CPU", 1)))
-
     def imap(self, job: Job[T, R], units: Sequence[T]) -> Iterator[tuple[int, R]]:
         """Runs the units with a bounded number in flight."""
         pool: _Pool = (_ActorPool if job.stateful else _TaskPool)(self, job)
         try:
-            yield from _drive(pool, units, min(self.workers, len(units)))
+            yield from _drive(pool, units, min(self._width(job.resources), len(units)))
         finally:
             pool.close()
+
+    def _width(self, resources: Resources) -> int:
+        """Units in flight: as many as fit the nodes, and no more than the configured workers.
+
+        An actor that does not fit would wait for ever, and its unit with it.
+
+        Raises:
+            InfrastructureError: no node can hold a single one.
+        """
+        needs = {"CPU": resources.cpus, "GPU": resources.gpus, "memory": resources.memory_bytes}
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        room = sum(_fits(needs, node) for node in nodes)
+        if not room:
+            most = {name: max(int(node.get(name, 0)) for node in nodes) for name in needs}
+            raise InfrastructureError(
+                f"no node can hold one worker: it needs {needs}, the largest nodes have {most}"
+            )
+        return min(room, self._wanted) if self._wanted else room
 
     def options(self, resources: Resources) -> dict[str, Any]:
         """Ray's options for one unit or actor."""
@@ -90,6 +103,11 @@ class RayExecutor:
     ) -> None:
         # Stops the cluster only when this process started it; otherwise it disconnects.
         ray.shutdown()
+
+
+def _fits(needs: dict[str, int], node: dict[str, float]) -> int:
+    """How many workers a node can hold."""
+    return min(int(node.get(name, 0) // need) for name, need in needs.items() if need)
 
 
 class _Pool:

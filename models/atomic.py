@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from models.errors import DiskFull
+from models.errors import DiskFull, UserError
 
 _CHUNK = 8 << 20
 _WHOLE = 256 << 20
@@ -38,6 +38,19 @@ def staged(path: Path) -> Iterator[Path]:
     except BaseException as error:
         with suppress(OSError):
             temporary.unlink()
+        if _is_disk_full(error):
+            raise _disk_full(path) from error
+        raise
+
+
+@contextmanager
+def reporting_full_disk(path: Path) -> Iterator[None]:
+    """Raises DiskFull for writes below `path` that go through no temporary file of ours."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
         if _is_disk_full(error):
             raise _disk_full(path) from error
         raise
@@ -108,7 +121,8 @@ def _is_disk_full(error: BaseException) -> bool:
 
 
 def _disk_full(path: Path) -> DiskFull:
-    free = shutil.disk_usage(path.parent).free
+    existing = next(place for place in (path, *path.parents) if place.exists())
+    free = shutil.disk_usage(existing).free
     return DiskFull(
         f"no space left on the device while writing {path} ({free:,} bytes free)",
         "free space or move `run_dir` to a larger disk, then run the same command again:"

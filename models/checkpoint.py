@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,7 +65,8 @@ class Checkpoint:
         tensors: dict[str, TensorInfo] = {}
         for file in sorted(set(wanted.values())) if wanted else [SINGLE]:
             for info in _read_header(_contained(folder, file, allow_links=allow_links), file):
-                tensors[info.name] = info
+                if wanted.get(info.name, file) == file:
+                    tensors[info.name] = info
         _check_index(wanted, tensors)
         files = tuple(sorted({info.file for info in tensors.values()}))
         return cls(folder, dict(sorted(tensors.items())), config, files)
@@ -87,19 +89,27 @@ class Checkpoint:
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Loads the named tensors as stored, opening each file once."""
+        by_file: dict[str, list[TensorInfo]] = {}
+        for name in names:
+            info = self._info(name)
+            by_file.setdefault(info.file, []).append(info)
+        return {
+            info.name: tensor
+            for _, infos in sorted(by_file.items())
+            for info, tensor in self.stream(infos)
+        }
+
+    def stream(self, infos: Sequence[TensorInfo]) -> Iterator[tuple[TensorInfo, torch.Tensor]]:
+        """Tensors of one file, one after another, opening it once."""
         from safetensors import SafetensorError, safe_open
 
-        by_file: dict[str, list[str]] = {}
-        for name in names:
-            by_file.setdefault(self._info(name).file, []).append(name)
-        loaded: dict[str, torch.Tensor] = {}
-        for file, members in sorted(by_file.items()):
-            try:
-                with safe_open(self.folder / file, framework="pt") as handle:
-                    loaded |= {name: handle.get_tensor(name) for name in members}
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"cannot read {self.folder / file}: {error}") from error
-        return loaded
+        path = self.folder / infos[0].file
+        try:
+            with safe_open(path, framework="pt") as handle:
+                for info in infos:
+                    yield info, handle.get_tensor(info.name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"cannot read {path}: {error}") from error
 
     def _info(self, name: str) -> TensorInfo:
         if name not in self.tensors:
@@ -156,14 +166,16 @@ def _read_header(path: Path, file: str) -> list[TensorInfo]:
     """Parses a safetensors header and compares the promised bytes with the file's size."""
     if not path.exists():
         raise CheckpointError(f"{path} is missing", "download the checkpoint again")
+    if not path.is_file():
+        raise CheckpointError(f"{path} is not a file", "download the checkpoint again")
     size = path.stat().st_size
     with path.open("rb") as handle:
         prefix = handle.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
         raw = handle.read(length) if 0 < length <= min(size, _MAX_HEADER) else b""
     try:
-        header = json.loads(raw)
-    except ValueError as error:
+        header = dict(json.loads(raw))
+    except (ValueError, TypeError) as error:
         raise CheckpointError(
             f"{path} ({size:,} bytes) has no safetensors header", "download the file again"
         ) from error
@@ -182,9 +194,19 @@ def _read_header(path: Path, file: str) -> list[TensorInfo]:
 def _tensor_info(path: Path, file: str, name: str, entry: Any) -> TensorInfo:
     try:
         begin, end = entry["data_offsets"]
-        return TensorInfo(name, file, entry["dtype"], tuple(entry["shape"]), end - begin)
+        info = TensorInfo(name, file, str(entry["dtype"]), tuple(entry["shape"]), end - begin)
+        promised = math.prod(info.shape) * FLOAT_BYTES.get(info.dtype, 0)
     except (TypeError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path}: the header entry of {name} is malformed") from error
+        raise CheckpointError(
+            f"{path}: the header entry of {name} is malformed", "download the file again"
+        ) from error
+    if info.dtype in FLOAT_BYTES and info.nbytes != promised:
+        raise CheckpointError(
+            f"{path}: the header gives {name} {info.nbytes:,} bytes, {info.dtype} of shape"
+            f" {list(info.shape)} takes {promised:,}",
+            "download the file again",
+        )
+    return info
 
 
 def _check_index(wanted: dict[str, str], tensors: dict[str, TensorInfo]) -> None:

@@ -38,6 +38,11 @@ class MoeCheckpoint:
                 f"{folder} has no MoE layer: no tensor is named like {family.router_name(0)}"
             )
         experts, top_k = family.num_experts(checkpoint.config), family.top_k(checkpoint.config)
+        if not 0 < top_k <= experts:
+            raise CheckpointError(
+                f"config.json selects {top_k} of {experts} experts for every token",
+                "correct num_experts_per_tok in config.json",
+            )
         moe = cls(checkpoint, family, layers, experts, top_k)
         _check_expert_grid(moe)
         return moe
@@ -80,7 +85,10 @@ class MoeCheckpoint:
 def _check_expert_grid(moe: MoeCheckpoint) -> None:
     """Every (layer, expert, matrix) exists with the shape and dtype the config promises."""
     config, tensors = moe.checkpoint.config, moe.checkpoint.tensors
-    hidden, width = int(config["hidden_size"]), int(config[moe.family.intermediate_key])
+    keys = ("hidden_size", moe.family.intermediate_key)
+    if absent := [key for key in keys if not isinstance(config.get(key), int)]:
+        raise CheckpointError(f"config.json has no {' and no '.join(absent)}")
+    hidden, width = (int(config[key]) for key in keys)
     shapes = {"gate": (width, hidden), "up": (width, hidden), "down": (hidden, width)}
     expected: dict[str, tuple[int, ...]] = {}
     for layer in moe.layers:
@@ -88,12 +96,19 @@ def _check_expert_grid(moe: MoeCheckpoint) -> None:
         for expert in range(moe.num_experts):
             names = moe.family.expert_tensor_names(layer, expert)
             expected |= {name: shapes[part] for part, name in names.items()}
-    missing = [name for name in expected if name not in tensors]
+    # A layer is known by its router; experts without one show that it is the router that is gone.
+    routers = {moe.family.router_name(layer) for layer in _expert_layers(moe)}
+    missing = sorted(routers - set(tensors)) + [n for n in expected if n not in tensors]
     extra = [n for n in tensors if moe.family.is_moe_tensor(n) and n not in expected]
     _refuse(missing, "missing", f"config.json promises {moe.num_experts} experts per layer")
     _refuse(extra, "unexpected", f"config.json promises {moe.num_experts} experts per layer")
     for name, shape in expected.items():
         _check_tensor(tensors[name], shape)
+
+
+def _expert_layers(moe: MoeCheckpoint) -> set[int]:
+    names = filter(moe.family.is_moe_tensor, moe.checkpoint.tensors)
+    return {layer for name in names if (layer := layer_of(name)) is not None}
 
 
 def _refuse(names: list[str], what: str, why: str) -> None:

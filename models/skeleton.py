@@ -15,9 +15,12 @@ def check_dense_tensors(moe: MoeCheckpoint) -> None:
     transformers itself only warns about a missing tensor and starts it from random numbers.
 
     Raises:
-        CheckpointError: a tensor is missing, unexpected or of another shape.
+        CheckpointError: config.json makes no model; a tensor is missing, unexpected or of another
+            shape; a sparse layer has neither router nor experts.
     """
-    expected, optional = _expected_shapes(moe)
+    model = _build(moe)
+    _check_sparse_layers(moe, model)
+    expected, optional = _expected_shapes(moe, model)
     found = {
         moe.family.memory_name(name): info
         for name, info in moe.checkpoint.tensors.items()
@@ -39,14 +42,38 @@ def check_dense_tensors(moe: MoeCheckpoint) -> None:
         )
 
 
-def _expected_shapes(moe: MoeCheckpoint) -> tuple[dict[str, tuple[int, ...]], set[str]]:
-    """In-memory name -> shape of everything outside router and experts; and names that are tied."""
+def _build(moe: MoeCheckpoint) -> Any:
+    """The transformers model on the meta device."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config: Any = AutoConfig.for_model(**moe.checkpoint.config)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    try:
+        config = AutoConfig.for_model(**moe.checkpoint.config)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # whatever a value of the wrong kind leads to inside transformers
+        raise CheckpointError(
+            f"{moe.checkpoint.folder / 'config.json'} makes no {moe.family.model_type} model:"
+            f" {' '.join(str(error).split())}",
+            "download config.json again",
+        ) from error
+
+
+def _check_sparse_layers(moe: MoeCheckpoint, model: Any) -> None:
+    routers = {moe.family.memory_name(moe.family.router_name(layer)) for layer in moe.layers}
+    tail = f".{moe.family.memory_block}.{moe.family.router}"
+    sparse = (name.removesuffix(tail) for name in model.state_dict() if name.endswith(tail))
+    lost = [name.removeprefix("model.layers.") for name in sparse if name + tail not in routers]
+    if lost:
+        raise CheckpointError(
+            f"layers {', '.join(lost)} have neither router nor experts in {moe.checkpoint.folder};"
+            " config.json makes them sparse",
+            "download the checkpoint again, or correct config.json",
+        )
+
+
+def _expected_shapes(moe: MoeCheckpoint, model: Any) -> tuple[dict[str, tuple[int, ...]], set[str]]:
+    """In-memory name -> shape of everything outside router and experts; and names that are tied."""
     moe_tensor = re.compile(
         rf"^model\.layers\.\d+\.{moe.family.memory_block}\."
         rf"(?:experts\.|{re.escape(moe.family.router)}$)"
@@ -57,4 +84,4 @@ def _expected_shapes(moe: MoeCheckpoint) -> tuple[dict[str, tuple[int, ...]], se
         if not moe_tensor.match(name)
     }
     tied = getattr(model, "_tied_weights_keys", None) or {}
-    return shapes, set(tied) if config.tie_word_embeddings else set()
+    return shapes, set(tied) if model.config.tie_word_embeddings else set()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from cluster.errors import InfrastructureError
 from models.errors import UserError
 from orchestrator.errors import ConfigError, exit_code
 
@@ -103,10 +104,10 @@ def list_names(
 
 
 def main() -> None:
-    """Entry point: user errors become one message and an exit code, never a stack trace."""
+    """Entry point: errors with a remedy become one message and an exit code, no stack trace."""
     try:
         app(standalone_mode=True)
-    except UserError as error:
+    except (UserError, InfrastructureError) as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(exit_code(error))
 

@@ -6,6 +6,7 @@ Precedence: default < file < command line.
 from __future__ import annotations
 
 import difflib
+import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from orchestrator.config import RunConfig
 from orchestrator.errors import ConfigError
+from stages.group.config import METHODS
 
 COMMAND_LINE = "command line"
 
@@ -41,6 +43,7 @@ def load(name: str, overrides: Sequence[str] = ()) -> Loaded:
     for word in overrides:
         key, value = _parse_override(word)
         _assign(values, key.split("."), value)
+        origin = {k: file for k, file in origin.items() if not f"{k}.".startswith(f"{key}.")}
         origin |= dict.fromkeys(flatten({key: value}), COMMAND_LINE)
     config = validate(values)
     resolved = flatten(config.model_dump(mode="json"))
@@ -137,19 +140,32 @@ def _source(key: str, origin: Mapping[str, str]) -> str:
 def _explain(values: Mapping[str, Any], entry: Any) -> str:
     # pydantic puts the discriminator's value into the location of a tagged union.
     where = [str(part) for part in entry["loc"]]
-    tag = str(values.get("group", {}).get("method", "")) if isinstance(values, Mapping) else ""
+    group = values.get("group")
+    tag = str(group.get("method", "")) if isinstance(group, Mapping) else ""
     if len(where) > 1 and where[0] == "group" and where[1] == tag:
         del where[1]
-    key = ".".join(where)
-    if entry["type"] == "extra_forbidden":
-        names = _valid_names(where[:-1], tag)
-        hint = _nearest(where[-1], names)
-        return f"{key}: unknown key; {hint}valid: {', '.join(names)}"
-    given = entry.get("input")
-    shown = (
-        f" (got {given!r})" if not isinstance(given, dict) and entry["type"] != "missing" else ""
-    )
-    return f"{key}: {entry['msg']}{shown}"
+    key, given = ".".join(where), entry.get("input")
+    match entry["type"]:
+        case "extra_forbidden":
+            names = _valid_names(where[:-1], tag)
+            return f"{key}: unknown key; {_hint(where[-1], names)}"
+        case "literal_error":
+            return f"{key}: {given!r} is not possible; {_hint(given, _quoted(entry['ctx']))}"
+        case "union_tag_invalid":
+            names = _quoted({"expected": entry["ctx"]["expected_tags"]})
+            return f"{key}.method: {tag!r} is not possible; {_hint(tag, names)}"
+        case "union_tag_not_found":
+            return f"{key}.method: is missing; {_hint('', METHODS)}"
+        case "model_type" | "model_attributes_type":
+            names = _valid_names(where, tag)
+            return f"{key}: holds keys of its own; {_hint('', names)} (got {given!r})"
+    shown = "" if isinstance(given, dict) or entry["type"] == "missing" else f" (got {given!r})"
+    return f"{key}: {entry['msg'].removeprefix('Value error, ')}{shown}"
+
+
+def _quoted(context: Mapping[str, Any]) -> list[str]:
+    """Names in pydantic's `'a', 'b' or 'c'`."""
+    return re.findall(r"'([^']*)'", str(context["expected"]))
 
 
 def _valid_names(where: Sequence[str], tag: str) -> list[str]:
@@ -173,6 +189,10 @@ def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
     elif get_origin(annotation) in (Union, types.UnionType, tuple) or get_args(annotation):
         for part in get_args(annotation):
             yield from _models_in(part)
+
+
+def _hint(given: Any, names: Sequence[str] | Mapping[str, Any]) -> str:
+    return f"{_nearest(str(given), names)}valid: {', '.join(names)}"
 
 
 def _nearest(word: str, names: Sequence[str] | Mapping[str, Any]) -> str:

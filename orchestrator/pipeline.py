@@ -9,7 +9,7 @@ from models.atomic import text_digest
 from orchestrator.preflight import Prepared, Variant
 from orchestrator.run_folder import MAIN
 from stages.calibrate import stage as calibrate
-from stages.corpus.stage import CorpusUnit, data_digest, read_blocks, tokenizer_digest
+from stages.corpus.stage import CorpusUnit, count_blocks, data_digest, tokenizer_digest
 from stages.evaluate.stage import ORIGINAL, EvaluateUnit
 from stages.export.formats import FORMATS
 from stages.export.layout import FileLayout
@@ -51,7 +51,7 @@ def calibrate_units(run: Prepared) -> list[calibrate.ShardUnit]:
     }
     return calibrate.plan(
         run.config.calibrate,
-        blocks=len(read_blocks(run.folder.calibration_tokens)),
+        blocks=count_blocks(run.folder.calibration_tokens),
         corpus=run.folder.calibration_tokens,
         model=run.moe.checkpoint.folder,
         num_experts=run.moe.num_experts,
@@ -76,6 +76,7 @@ def transform_units(
         export=variant.export,
         folder=run.folder.layers(variant.name),
         model=run.model,
+        variant=variant.name,
     )
 
 
@@ -96,6 +97,7 @@ def export_unit(
         config=variant.export,
         threads=run.config.executor.threads_per_unit,
         output=run.folder.output(variant.name),
+        variant=variant.name,
     )
 
 

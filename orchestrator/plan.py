@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from rich.table import Table
 
-from orchestrator import pipeline
+from orchestrator import estimate, pipeline
 from orchestrator.preflight import Prepared, disk_bytes, expected_layouts
-from orchestrator.run_folder import MAIN
-from stages.export.layout import FileLayout
 from stages.transform.stage import file_name
 from stages.unit import Unit, beside, read_marker
 from stages.verify import stage as verify
@@ -19,7 +16,7 @@ from stages.verify import stage as verify
 
 @dataclass(frozen=True)
 class Row:
-    """One stage of the plan. Bytes and memory are upper bounds from headers."""
+    """One stage of the plan. Bytes are upper bounds; memory is an estimate, from headers alone."""
 
     stage: str
     units: int
@@ -68,29 +65,27 @@ def human(count: float) -> str:
 
 def _verify(run: Prepared) -> Row:
     checkpoint = run.moe.checkpoint
-    largest = max(info.nbytes for info in checkpoint.tensors.values())
     if run.config.model.verify == "headers":
         return Row("verify", 0, 0, 0, 0, 0)
     units = verify.plan(checkpoint, run.folder.verify)
-    return Row("verify", len(units), _done(units), checkpoint.file_bytes, 0, 2 * largest)
+    peak = estimate.verify(run)
+    return Row("verify", len(units), _done(units), checkpoint.file_bytes, 0, peak)
 
 
 def _corpus(run: Prepared) -> Row:
     units = pipeline.corpus_units(run)
     tokens = sum(unit.config.tokens for unit in units)
-    return Row("corpus", len(units), _done(units), 0, 4 * tokens, 64 * tokens)
+    return Row("corpus", len(units), _done(units), 0, 4 * tokens, estimate.corpus(run))
 
 
 def _calibrate(run: Prepared) -> Row:
     config, moe = run.config.calibrate, run.moe
     shards = 0 if config.statistics is not None else config.shards
     finished = len(list(run.folder.shards.glob("*.arrow.json")))
-    # int64 and float64 columns: eight scalars and three vectors of E for every expert.
-    row_bytes = 8 * (8 + 3 * moe.num_experts) * moe.num_experts * len(moe.layers)
-    domains = len(config.data.sources)
-    written = row_bytes * (shards + domains)
-    peak = moe.checkpoint.nbytes + domains * row_bytes
-    return Row("calibrate", shards, min(finished, shards), moe.checkpoint.nbytes, written, peak)
+    written = estimate.statistics_bytes(run) * (shards + len(config.data.sources))
+    peak = estimate.calibrate(run) if shards else 0
+    read = moe.checkpoint.nbytes if shards else 0
+    return Row("calibrate", shards, min(finished, shards), read, written, peak)
 
 
 def _models(run: Prepared) -> list[Row]:
@@ -105,18 +100,10 @@ def _models(run: Prepared) -> list[Row]:
     variants, read = len(run.variants), run.moe.checkpoint.file_bytes * len(run.variants)
     main = expected_layouts(run.variants[0], run.moe)
     return [
-        Row("transform", files, done, read, written, _layer_peak(run, main)),
+        Row("transform", files, done, read, written, estimate.transform(run)),
         # Layer files become the output by hard links: nothing is written twice.
-        Row("export", variants, exported, written, 0, sum(each.tensor_bytes for each in main)),
+        Row("export", variants, exported, written, 0, estimate.export(run, main)),
     ]
-
-
-def _layer_peak(run: Prepared, layouts: Sequence[FileLayout]) -> int:
-    """The largest finished layer, one group of experts in full, and fp64 sums of one expert."""
-    moe = run.moe
-    largest = max(each.tensor_bytes for each in layouts)
-    expert = max(moe.expert_bytes(layer) for layer in moe.layers)
-    return 2 * largest + (moe.num_experts + 8) * expert
 
 
 def _evaluate(run: Prepared) -> list[Row]:
@@ -126,17 +113,10 @@ def _evaluate(run: Prepared) -> list[Row]:
     domains, models = len(config.data.sources), 1 + len(run.variants)
     finished = len(list(run.folder.evaluation.glob("*/*.json.json")))
     vocabulary = int(run.moe.checkpoint.config["vocab_size"])
-    logits = config.batch_size * config.data.sequence_length * vocabulary * 4
     reference = domains * config.kl_positions * vocabulary * 4
-    weights = run.moe.checkpoint.nbytes
-    read = weights + len(run.variants) * weights
-    return [Row("evaluate", domains * models, finished, read, reference, weights + 3 * logits)]
+    read, peak = run.moe.checkpoint.nbytes * models, estimate.evaluate(run)
+    return [Row("evaluate", domains * models, finished, read, reference, peak)]
 
 
 def _done(units: Sequence[Unit]) -> int:
     return sum(read_marker(unit) is not None for unit in units)
-
-
-def output_folder(run: Prepared) -> Path:
-    """Where the compressed checkpoint will lie."""
-    return run.folder.output(MAIN)

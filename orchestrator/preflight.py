@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from dataclasses import dataclass
+from bisect import bisect_right
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
+from models.atomic import file_digest
 from models.errors import CheckpointError, DiskFull
 from models.moe import MoeCheckpoint
 from models.skeleton import check_dense_tensors
@@ -15,13 +21,15 @@ from orchestrator.run_folder import MAIN, RunFolder
 from stages.calibrate.statistics import layers_of, metadata_of, read_statistics
 from stages.corpus.config import CorpusConfig
 from stages.corpus.read import check_source
+from stages.corpus.stage import load_tokenizer
 from stages.errors import BudgetError, DataError, StatisticsError
 from stages.export.config import ExportConfig
 from stages.export.formats import FORMATS
 from stages.export.layout import FileLayout, file_layouts, placeholder, sizes
-from stages.group.budget import total_experts, uniform
+from stages.group.budget import adaptive, total_experts, uniform
 from stages.group.config import METHODS, AnyMethod, Budget, Frequency, McSmoe, Reap
-from stages.group.decision import LayerDecision
+from stages.group.decision import LayerDecision, from_labels
+from stages.unit import beside
 from stages.verify.stage import identity
 
 
@@ -68,6 +76,7 @@ def prepare(config: RunConfig) -> Prepared:
     tokenizer = config.model.tokenizer or moe.checkpoint.folder
     if not any((tokenizer / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise DataError(f"{tokenizer} holds no tokenizer", "set `model.tokenizer`")
+    load_tokenizer(tokenizer)
     prepared = Prepared(config, folder, moe, model, tokenizer.absolute(), found, resumes)
     _check_disk(prepared)
     return prepared
@@ -112,26 +121,82 @@ def expected_decisions(variant: Variant, moe: MoeCheckpoint) -> list[LayerDecisi
     if not merged:
         return placeholder(moe, dict.fromkeys(moe.layers, moe.num_experts))
     total = total_experts(method.budget, len(merged), moe.num_experts, sizes(moe, variant.export))
-    kept = uniform(total, merged, moe.num_experts)
-    spare = total - sum(kept.values()) if isinstance(method, McSmoe) else 0
-    adaptive = isinstance(method, McSmoe) and method.scope == "global"
-    if adaptive and variant.export.format == "native":
+    if _is_global(method) and variant.export.format == "native":
         raise BudgetError(
             "group.scope=global gives every layer its own number of experts, which the native"
             " format cannot hold",
             "use group.scope=uniform, or export.format=mapped",
         )
-    if adaptive:
-        kept = {layer: n + (i < spare) for i, (layer, n) in enumerate(kept.items())}
+    kept = _spread_evenly(method, merged, total, moe.num_experts)
     kept |= dict.fromkeys(method.skip_layers, moe.num_experts)
     decisions = placeholder(moe, kept)
+    if isinstance(method, Frequency | Reap):
+        decisions = [_pruned(decision) for decision in decisions]
     form.check(moe, decisions)
     return decisions
+
+
+def _is_global(method: AnyMethod) -> bool:
+    return isinstance(method, McSmoe) and method.scope == "global"
+
+
+def _spread_evenly(
+    method: AnyMethod, layers: list[int], total: int, num_experts: int
+) -> dict[int, int]:
+    if not (isinstance(method, McSmoe) and method.scope == "global"):
+        return uniform(total, layers, num_experts)
+    # Frequencies that fall with the expert's id in every layer alike fill the layers in turn.
+    falling = np.arange(num_experts, 0, -1)
+    return adaptive(total, dict.fromkeys(layers, falling), method.min_per_layer)
+
+
+def _pruned(decision: LayerDecision) -> LayerDecision:
+    kept = set(decision.representatives)
+    labels = [expert if expert in kept else None for expert in range(len(decision.group))]
+    return from_labels(decision.layer, labels, decision.weight)
 
 
 def expected_layouts(variant: Variant, moe: MoeCheckpoint) -> list[FileLayout]:
     """Output files before anything is decided; exact for a uniform budget."""
     return file_layouts(moe, expected_decisions(variant, moe), variant.export)
+
+
+def in_experts(variant: Variant, moe: MoeCheckpoint) -> Variant:
+    """A budget in bytes as the most experts whose files fit into it, to the byte.
+
+    Raises:
+        BudgetError: the smallest possible output is larger.
+    """
+    method, target = variant.method, variant.method.budget.target_bytes
+    merged = len(set(moe.layers) - set(method.skip_layers))
+    if target is None:
+        return variant
+
+    def with_experts(total: int) -> Variant:
+        budget = Budget(experts_per_layer=max(total, 1) / max(merged, 1))
+        return replace(variant, method=method.model_copy(update={"budget": budget}))
+
+    def size(total: int) -> int:
+        layouts = expected_layouts(with_experts(total), moe)
+        if not _is_global(method):
+            return sum(layout.file_bytes for layout in layouts)
+        # How a global budget falls on the layers moves a few digits of the headers: full ones
+        # are an upper bound.
+        return sum(layout.tensor_bytes for layout in layouts) + headers
+
+    full = expected_layouts(with_experts(merged * moe.num_experts), moe)
+    headers = sum(layout.file_bytes - layout.tensor_bytes for layout in full)
+    fewest = moe.top_k if variant.export.format == "native" else 1
+    step = 1 if _is_global(method) else max(merged, 1)
+    counts = range(fewest * merged, merged * moe.num_experts + 1, step)
+    fitting = bisect_right(counts, target, key=size)
+    if not fitting:
+        raise BudgetError(
+            f"target_bytes is {target:,}; the smallest possible output, {fewest} of"
+            f" {moe.num_experts} experts in every merged layer, takes {size(counts[0]):,} bytes",
+            "raise `group.budget.target_bytes`",
+        )
+    return with_experts(counts[fitting - 1])
 
 
 def check_statistics(path: Path, moe: MoeCheckpoint, model: str) -> None:
@@ -140,6 +205,7 @@ def check_statistics(path: Path, moe: MoeCheckpoint, model: str) -> None:
     Raises:
         StatisticsError: with both fingerprints or dimensions.
     """
+    _check_digest(path)
     table = read_statistics(path)
     seen = metadata_of(table).get("model", "none")
     if seen != model:
@@ -151,6 +217,17 @@ def check_statistics(path: Path, moe: MoeCheckpoint, model: str) -> None:
     layers = [each.layer for each in layers_of(table)]
     if layers != list(moe.layers):
         raise StatisticsError(f"{path} covers layers {layers}, the model has {list(moe.layers)}")
+
+
+def _check_digest(path: Path) -> None:
+    """Arrow reads flipped bits without a word; a run writes the digest beside its statistics."""
+    with suppress(OSError, ValueError):
+        recorded = json.loads(beside(path).read_text())
+        if isinstance(recorded, str) and recorded != file_digest(path):
+            raise StatisticsError(
+                f"{path} is damaged: its SHA-256 is not the one in {beside(path)}",
+                "copy both files again, or calibrate again",
+            )
 
 
 def disk_bytes(prepared: Prepared) -> int:
@@ -169,7 +246,7 @@ def disk_bytes(prepared: Prepared) -> int:
 
 
 def _variants(config: RunConfig, moe: MoeCheckpoint) -> tuple[Variant, ...]:
-    main = Variant(MAIN, config.group, config.export)
+    main = in_experts(Variant(MAIN, config.group, config.export), moe)
     names = config.evaluate.baselines if config.evaluate is not None else ()
     budget = Budget(experts_per_layer=_baseline_experts(main, moe))
     return (main, *(Variant(name, _pruning(name, budget), ExportConfig()) for name in names))

@@ -12,10 +12,9 @@ from typing import Any
 import pyarrow as pa
 import yaml
 
-from cluster.executor import Resources
 from models.arrow import read_table, write_table
 from models.atomic import file_digest, write_bytes, write_json
-from orchestrator import pipeline, run_folder
+from orchestrator import estimate, pipeline, run_folder
 from orchestrator.events import EventLog, Listener
 from orchestrator.preflight import Prepared, Variant
 from orchestrator.report.card import render_card
@@ -26,7 +25,7 @@ from orchestrator.scheduler import Scheduler, open_executor
 from stages.calibrate import stage as calibrate
 from stages.calibrate.statistics import LayerStatistics, layers_of, read_statistics
 from stages.corpus import stage as corpus
-from stages.corpus.stage import read_blocks
+from stages.corpus.stage import block_domains
 from stages.errors import StatisticsError
 from stages.evaluate import stage as evaluate
 from stages.evaluate.stage import ORIGINAL
@@ -60,9 +59,8 @@ def run(prepared: Prepared, listeners: Sequence[Listener] = ()) -> Path:
     run_folder.claim(folder, prepared.config, prepared.model)
     events = EventLog(folder.events, listeners)
     events.emit("run_started", run=str(folder.root), resumes=prepared.resumes)
-    resources = Resources(gpus=prepared.config.executor.gpus_per_worker)
     with open_executor(prepared.config.executor) as executor:
-        scheduler = Scheduler(executor, events, resources)
+        scheduler = Scheduler(executor, events, prepared.config.executor.gpus_per_worker)
         statistics = _observe(prepared, scheduler)
         decided = _decide(prepared, scheduler, statistics, events)
         _write_models(prepared, scheduler, decided)
@@ -92,13 +90,15 @@ def _observe(prepared: Prepared, scheduler: Scheduler) -> pa.Table:
     config, folder = prepared.config, prepared.folder
     if config.model.verify == "full":
         units = verify.plan(prepared.moe.checkpoint, folder.verify)
-        scheduler.run("verify", units, verify.run_one)
-    scheduler.run("corpus", pipeline.corpus_units(prepared), corpus.run_one)
+        scheduler.run("verify", units, verify.run_one, estimate.verify(prepared))
+    texts = pipeline.corpus_units(prepared)
+    scheduler.run("corpus", texts, corpus.run_one, estimate.corpus(prepared))
     if config.calibrate.statistics is not None:
         table = read_statistics(config.calibrate.statistics)
     else:
         shards = pipeline.calibrate_units(prepared)
-        scheduler.run_model("calibrate", shards, calibrate.make_worker)
+        memory = estimate.calibrate(prepared)
+        scheduler.run_model("calibrate", shards, calibrate.make_worker, memory)
         table = calibrate.reduce(shards)
     return _settle(folder.statistics, table)
 
@@ -149,12 +149,14 @@ def _write_models(prepared: Prepared, scheduler: Scheduler, decided: Sequence[De
         pipeline.transform_units(prepared, each.variant, each.decisions, each.layouts)
         for each in needed
     ]
-    scheduler.run("transform", [unit for units in plans for unit in units], transform.run_one)
+    layers = [unit for units in plans for unit in units]
+    scheduler.run("transform", layers, transform.run_one, estimate.transform(prepared))
     exports = [
         pipeline.export_unit(prepared, each.variant, each.decisions, each.layouts, units)
         for each, units in zip(needed, plans, strict=True)
     ]
-    scheduler.run("export", exports, export.run_one)
+    memory = estimate.export(prepared, decided[0].layouts)
+    scheduler.run("export", exports, export.run_one, memory)
 
 
 def _measured_already(prepared: Prepared, decided: Decided) -> bool:
@@ -167,7 +169,7 @@ def _measured_already(prepared: Prepared, decided: Decided) -> bool:
 
 
 def _domains(prepared: Prepared) -> list[str]:
-    return sorted({block.domain for block in read_blocks(prepared.folder.evaluation_tokens)})
+    return block_domains(prepared.folder.evaluation_tokens)
 
 
 def _measure(
@@ -183,8 +185,9 @@ def _measure(
         for each in decided
         for unit in pipeline.evaluate_units(prepared, each.variant.name, domains, each.decisions)
     ]
-    outcomes = scheduler.run_model("evaluate", first, evaluate.make_worker)
-    outcomes += scheduler.run_model("evaluate", rest, evaluate.make_worker)
+    memory = estimate.evaluate(prepared)
+    outcomes = scheduler.run_model("evaluate", first, evaluate.make_worker, memory)
+    outcomes += scheduler.run_model("evaluate", rest, evaluate.make_worker, memory)
     results: dict[str, dict[str, Any]] = {}
     for unit, done in zip([*first, *rest], outcomes, strict=True):
         results.setdefault(unit.variant, {})[unit.domain] = done.result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -118,6 +119,9 @@ def check(folder: RunFolder, config: RunConfig, model: str) -> bool:
     found = _read_identity(folder)
     if found is not None:
         refuse_changed(folder, found, {"model": model, "config": settled(config)})
+    existing = next(path for path in (folder.root, *folder.root.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise RunFolderError(f"nothing can be written to {existing}", "choose another `run_dir`")
     return found is not None
 
 
@@ -156,8 +160,7 @@ def _read_identity(folder: RunFolder) -> dict[str, Any] | None:
     if not folder.root.is_dir():
         raise RunFolderError(f"{folder.root} is not a folder", "choose another `run_dir`")
     try:
-        found: dict[str, Any] = json.loads(folder.identity.read_text())
-        return found
+        return dict(json.loads(folder.identity.read_text()))
     except FileNotFoundError:
         # A run that was killed while it claimed the folder leaves config.yaml at most.
         foreign = sorted(p.name for p in folder.root.iterdir() if p.name not in _own_names(folder))
@@ -167,8 +170,10 @@ def _read_identity(folder: RunFolder) -> dict[str, Any] | None:
                 "choose another `run_dir`; nothing was changed",
             ) from None
         return None
-    except ValueError as error:
-        raise RunFolderError(f"{folder.identity} is damaged: {error}") from error
+    except (ValueError, TypeError) as error:
+        raise RunFolderError(
+            f"{folder.identity} is damaged: {error}", "choose another `run_dir`"
+        ) from error
 
 
 def _own_names(folder: RunFolder) -> set[str]:

@@ -19,23 +19,33 @@ U = TypeVar("U", bound=Unit)
 class Scheduler:
     """Feeds stages to an executor; keeps the outcome of every unit."""
 
-    def __init__(self, executor: Executor, events: EventLog, resources: Resources) -> None:
+    def __init__(self, executor: Executor, events: EventLog, gpus_per_worker: int) -> None:
         self._executor = executor
         self._events = events
-        self._resources = resources
+        self._gpus = gpus_per_worker
         self.done: dict[str, list[Done]] = {}
 
     def run(
-        self, stage: str, units: Sequence[U], run_one: Callable[[U], dict[str, Any]]
+        self,
+        stage: str,
+        units: Sequence[U],
+        run_one: Callable[[U], dict[str, Any]],
+        memory_bytes: int,
     ) -> list[Done]:
         """Units that need nothing but their own inputs."""
-        return self._run(stage, units, Job(partial(_stateless, run_one)))
+        resources = Resources(memory_bytes=memory_bytes)
+        return self._run(stage, units, Job(partial(_stateless, run_one), resources=resources))
 
     def run_model(
-        self, stage: str, units: Sequence[U], make_worker: Callable[[], Callable[[U], Done]]
+        self,
+        stage: str,
+        units: Sequence[U],
+        make_worker: Callable[[], Callable[[U], Done]],
+        memory_bytes: int,
     ) -> list[Done]:
         """Units whose worker holds a loaded model."""
-        return self._run(stage, units, Job(make_worker, True, self._resources))
+        resources = Resources(gpus=self._gpus, memory_bytes=memory_bytes)
+        return self._run(stage, units, Job(make_worker, stateful=True, resources=resources))
 
     @contextmanager
     def here(self, stage: str) -> Iterator[None]:

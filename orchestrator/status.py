@@ -35,8 +35,12 @@ def stages(folder: RunFolder) -> dict[str, dict[str, Any]]:
             case "unit_done":
                 _count(found.setdefault(event["stage"], _fresh()), event)
             case "stage_done":
-                found[event["stage"]]["state"] = "done"
-                found[event["stage"]]["seconds"] += event["seconds"]
+                entry = found.setdefault(event["stage"], _fresh())
+                entry["state"] = "done"
+                entry["seconds"] += event["seconds"]
+            case "run_failed":
+                for entry in found.values():
+                    entry["state"] = "failed" if entry["state"] == "running" else entry["state"]
     return found
 
 

@@ -30,7 +30,7 @@ from stages.transform.stage import TransformUnit, plan, run_one
 # Reproducible: a failing example is the same on every machine.
 PROPERTY = settings(deadline=None, derandomize=True, database=None, max_examples=30)
 
-EXPERTS, TOP_K, HIDDEN, WIDTH, VOCABULARY = 6, 2, 32, 12, 64
+EXPERTS, TOP_K, HIDDEN, WIDTH, VOCABULARY = 6, 2, 32, 16, 64
 FAMILIES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
 
 _CLASSES = {

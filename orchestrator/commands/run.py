@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 from rich.console import Console
 
+from models.atomic import reporting_full_disk
 from orchestrator import progress
 from orchestrator.config import RunConfig
 from orchestrator.errors import exit_code
@@ -25,7 +26,7 @@ def run_command(config: RunConfig, *, quiet: bool) -> None:
     if not quiet:
         console.print(table(prepared))
     try:
-        with ExitStack() as stack:
+        with reporting_full_disk(prepared.folder.root), ExitStack() as stack:
             listeners = [] if quiet else [stack.enter_context(progress.listener(console))]
             folder = run(prepared, listeners)
     except BaseException as error:
@@ -39,7 +40,10 @@ def run_command(config: RunConfig, *, quiet: bool) -> None:
 def _record_failure(prepared: Prepared, error: BaseException) -> None:
     if prepared.folder.identity.exists():
         message = str(error) or type(error).__name__
-        EventLog(prepared.folder.events).emit("run_failed", error=message, code=exit_code(error))
+        with suppress(OSError):  # on a full disk the error itself matters more
+            EventLog(prepared.folder.events).emit(
+                "run_failed", error=message, code=exit_code(error)
+            )
 
 
 def _print_result(console: Console, prepared: Prepared) -> None:

@@ -12,7 +12,7 @@ import pyarrow as pa
 from orchestrator.preflight import Prepared
 from orchestrator.run_folder import MAIN, versions
 from stages.calibrate.statistics import domain_sums, layers_of
-from stages.corpus.stage import read_blocks
+from stages.corpus.stage import count_tokens
 from stages.evaluate.stage import ORIGINAL
 from stages.export.layout import FileLayout
 from stages.group.decision import LayerDecision
@@ -94,7 +94,7 @@ def _sizes(found: Collected) -> dict[str, Any]:
 def _layers(found: Collected) -> dict[str, Any]:
     decisions = found.decisions
     merged = {d.name: d.result for d in found.done.get("transform", ())}
-    results = {d.layer: merged.get(f"layers/{file_name(d.layer)}", {}) for d in decisions}
+    results = {d.layer: merged.get(f"{MAIN}/{file_name(d.layer)}", {}) for d in decisions}
     return {
         "experts": {
             "before": {str(d.layer): len(d.group) for d in decisions},
@@ -122,8 +122,7 @@ def _tokens(found: Collected) -> dict[str, int]:
     by_domain = {domain: int(s["tokens"][0]) for (domain, _), s in _sums(found.statistics).items()}
     counts = {"calibration": sum(by_domain.values())}
     if found.prepared.config.evaluate is not None:
-        blocks = read_blocks(found.prepared.folder.evaluation_tokens)
-        counts["evaluation"] = sum(len(block.tokens) for block in blocks)
+        counts["evaluation"] = count_tokens(found.prepared.folder.evaluation_tokens)
     return counts
 
 

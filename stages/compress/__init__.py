@@ -1,1 +1,1 @@
-"""Low-rank plus sparse compression of the merged experts (MC-SMoE section 3.3)."""
+"""Low-rank plus sparse compression of the merged experts (MC-SMoE, after its equation 3)."""

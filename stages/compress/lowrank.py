@@ -1,4 +1,4 @@
-"""Low-rank factors of a weight, W = U V + S (MC-SMoE section 3.3; LoSparse, arXiv 2306.11222).
+"""Low-rank factors of a weight, W = U V + S (MC-SMoE after equation 3; LoSparse, arXiv 2306.11222).
 
 Everything is computed in fp32 or better, whatever the weight is stored in: half-precision singular
 values would make the residual S carry rounding errors instead of structure.

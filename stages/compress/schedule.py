@@ -1,4 +1,4 @@
-"""How much of S is left at every step of training (MC-SMoE section 3.3, appendix A1)."""
+"""How much of S is left at every training step (MC-SMoE's cubic schedule; T, T_i and T_f there)."""
 
 from __future__ import annotations
 

@@ -32,12 +32,22 @@ def check_source(source: Source) -> None:
     """Fails early on a source that cannot be read; hub names are left to the download.
 
     Raises:
-        DataError: with the columns that do exist.
+        DataError: unreadable, an unknown column, no text, or a domain of blank documents.
     """
     if local_files(source):
-        _load(source)
+        for domain, texts in documents(source, seed=0).items():
+            if not any(text.strip() for text in texts):
+                raise no_tokens(domain, source)
     elif _looks_local(source.path):
         raise DataError(f"no file matches {source.path}", "check the path of this text source")
+
+
+def no_tokens(domain: str, source: Source) -> DataError:
+    """The error for a domain without a single token."""
+    return DataError(
+        f"no document of domain {domain!r} in {source.path} has a single token",
+        "remove this source, or give it text",
+    )
 
 
 def local_files(source: Source) -> list[str]:
@@ -55,15 +65,23 @@ def _load(source: Source) -> Any:
     import datasets
 
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs, our error says
     files = local_files(source)
+    builders = sorted({_BUILDERS[Path(file).suffix] for file in files})
+    if len(builders) > 1:
+        raise DataError(
+            f"{source.path} holds {' and '.join(builders)} files",
+            "name one kind with a pattern, such as folder/*.parquet",
+        )
     try:
         if files:
-            builder = _BUILDERS[Path(files[0]).suffix]
-            dataset = datasets.load_dataset(builder, data_files=files, split="train")
+            dataset = datasets.load_dataset(builders[0], data_files=files, split="train")
         else:
             dataset = datasets.load_dataset(source.path, source.subset, split=source.split)
     except Exception as error:  # the library's many exception types all mean: cannot be read
-        raise DataError(f"cannot read {source.path}: {error}", _remedy(source)) from error
+        # `datasets` wraps the reader's own error in one that says nothing.
+        reason = " ".join((str(error.__cause__ or "") or str(error)).split())
+        raise DataError(f"cannot read {source.path}: {reason}", _remedy(source)) from error
     _check_columns(dataset, source)
     return dataset
 
@@ -77,19 +95,22 @@ def _check_columns(dataset: Any, source: Source) -> None:
                 f"{source.path} has no column {column!r}; it has {', '.join(dataset.column_names)}",
                 "set `text_column` or `domain_column` of this source",
             )
+    feature = dataset.features[source.text_column]
+    kind = getattr(feature, "dtype", type(feature).__name__)
+    if kind not in ("string", "large_string"):
+        raise DataError(
+            f"column {source.text_column!r} of {source.path} holds {kind}, not text",
+            "set `text_column` of this source",
+        )
 
 
 def _texts(dataset: Any, source: Source) -> Iterator[str]:
+    """A null is a document without text."""
     for row in dataset:
-        text = row[source.text_column]
-        if not isinstance(text, str):
-            raise DataError(
-                f"column {source.text_column!r} of {source.path} holds"
-                f" {type(text).__name__}, not text",
-                "set `text_column` of this source",
-            )
-        yield text
+        yield row[source.text_column] or ""
 
 
 def _remedy(source: Source) -> str:
-    return "" if local_files(source) else "without network, give a local file instead of a hub name"
+    if local_files(source):
+        return "is the file complete, and does it hold a document?"
+    return "without network, give a local file instead of a hub name"

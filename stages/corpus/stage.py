@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from models.arrow import write_table
-from models.atomic import file_digest, text_digest
+from models.atomic import file_digest, quick_digest, text_digest
 from stages.corpus.blocks import Block, packed, padded, split_budget
 from stages.corpus.config import VERSION, CorpusConfig
-from stages.corpus.read import documents, local_files
+from stages.corpus.read import documents, local_files, no_tokens
 from stages.errors import DataError
 from stages.unit import Fingerprint, beside
 
@@ -56,7 +57,7 @@ def run_one(unit: CorpusUnit) -> dict[str, Any]:
     Raises:
         DataError: no document of a source has a single token.
     """
-    blocks = list(_blocks(unit.config, _load_tokenizer(unit.tokenizer)))
+    blocks = list(_blocks(unit.config, load_tokenizer(unit.tokenizer)))
     blocks.sort(key=lambda block: block.domain)
     table = pa.table(
         {
@@ -75,8 +76,36 @@ def read_blocks(path: Path, start: int = 0, stop: int | None = None) -> list[Blo
     """Blocks `start` to `stop` of a corpus file; only their pages are read."""
     with pa.memory_map(str(path)) as source:
         table = pa.ipc.open_file(source).read_all()
-        rows = table.slice(start, None if stop is None else stop - start).to_pylist()
-    return [Block(row["domain"], tuple(row["tokens"])) for row in rows]
+        return _blocks_of(table.slice(start, None if stop is None else stop - start))
+
+
+def read_domain(path: Path, domain: str) -> list[Block]:
+    """All blocks of one domain, in order."""
+    with pa.memory_map(str(path)) as source:
+        return _blocks_of(pa.ipc.open_file(source).read_all().filter(pc.field("domain") == domain))
+
+
+def count_blocks(path: Path) -> int:
+    """Number of blocks."""
+    with pa.memory_map(str(path)) as source:
+        return int(pa.ipc.open_file(source).read_all().num_rows)
+
+
+def block_domains(path: Path) -> list[str]:
+    """Domains, sorted."""
+    with pa.memory_map(str(path)) as source:
+        return sorted(pc.unique(pa.ipc.open_file(source).read_all()["domain"]).to_pylist())
+
+
+def count_tokens(path: Path) -> int:
+    """Tokens in all blocks."""
+    with pa.memory_map(str(path)) as source:
+        tokens = pa.ipc.open_file(source).read_all()["tokens"]
+        return int(pc.sum(pc.list_value_length(tokens)).as_py() or 0)
+
+
+def _blocks_of(table: pa.Table) -> list[Block]:
+    return [Block(row["domain"], tuple(row["tokens"])) for row in table.to_pylist()]
 
 
 def tokenizer_digest(folder: Path) -> str:
@@ -88,7 +117,7 @@ def tokenizer_digest(folder: Path) -> str:
 def data_digest(config: CorpusConfig) -> str:
     """Digest of the content of all local files, and of the names of hub datasets."""
     content = {
-        source.path: [file_digest(Path(f)) for f in local_files(source)] or source.split
+        source.path: [quick_digest(Path(f)) for f in local_files(source)] or source.split
         for source in config.sources
     }
     return text_digest(content)
@@ -102,10 +131,7 @@ def _blocks(config: CorpusConfig, tokenizer: Any) -> Iterator[Block]:
         for (domain, texts), share in zip(by_domain.items(), shares, strict=True):
             found = list(_domain_blocks(config, domain, texts, tokenizer, share))
             if not found:
-                raise DataError(
-                    f"no document of domain {domain!r} in {source.path} has a single token",
-                    "remove this source, or give it text",
-                )
+                raise no_tokens(domain, source)
             yield from found
 
 
@@ -123,11 +149,16 @@ def _domain_blocks(
     return packed(domain, encoded, config.sequence_length, budget, separator)
 
 
-def _load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder; code that lies in it is never run.
+
+    Raises:
+        DataError: none can be loaded.
+    """
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise DataError(
             f"no tokenizer can be loaded from {folder}: {error}",

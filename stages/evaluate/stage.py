@@ -13,7 +13,7 @@ from torch import Tensor
 
 from models.atomic import staged, write_json
 from stages.corpus.blocks import Block
-from stages.corpus.stage import read_blocks
+from stages.corpus.stage import read_domain
 from stages.errors import DataError
 from stages.evaluate.config import VERSION, EvaluateConfig
 from stages.evaluate.metrics import kl_divergence, next_token_losses, overall, sampled_positions
@@ -86,7 +86,7 @@ class Measurer:
         if self._loaded is None or self._loaded[0] != unit.model:
             model = load_model(unit.model, unit.config.dtype, trust_remote_code=unit.needs_code)
             self._loaded = (unit.model, model)
-        blocks = [b for b in read_blocks(unit.corpus) if b.domain == unit.domain]
+        blocks = read_domain(unit.corpus, unit.domain)
         result, sampled = _measure(self._loaded[1], blocks, unit)
         if unit.variant == ORIGINAL:
             _write_reference(unit.reference, sampled)

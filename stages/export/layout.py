@@ -20,6 +20,7 @@ from stages.group.decision import LayerDecision, from_labels
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.int64: "I64"}
+_BY_ALIGNMENT = ("I64", "F64", "F32", "BF16", "F16", "U8")
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,9 @@ def sizes(moe: MoeCheckpoint, config: ExportConfig) -> Sizes:
     """What a budget in bytes is made of, measured on the two ends: all experts, and one fewer."""
     full = _total(moe, moe.num_experts, config)
     less = _total(moe, moe.num_experts - 1, config)
-    per_expert = (full - less) // len(moe.layers)
-    return Sizes(full - per_expert * moe.num_experts * len(moe.layers), max(per_expert, 1))
+    layers = len(moe.layers)
+    per_expert = (full - less) // layers
+    return Sizes(full - per_expert * moe.num_experts * layers, max(per_expert, 1), layers)
 
 
 def placeholder(moe: MoeCheckpoint, kept: Mapping[int, int]) -> list[LayerDecision]:
@@ -71,11 +73,12 @@ def _total(moe: MoeCheckpoint, kept: int, config: ExportConfig) -> int:
 def _file(
     moe: MoeCheckpoint, layer: int | None, decision: LayerDecision | None, config: ExportConfig
 ) -> FileLayout:
-    tensors = {n: _meta(moe, n) for n in moe.dense_names(layer)}
+    form = FORMATS[config.format]
+    tensors = {form.dense_name(moe, n): _meta(moe, n) for n in moe.dense_names(layer)}
     if decision is not None:
         merged = [_meta_expert(moe, decision.layer)] * len(decision.representatives)
         router = _meta(moe, moe.family.router_name(decision.layer))
-        made = FORMATS[config.format].layer_tensors(moe, decision, merged, router, config)
+        made = form.layer_tensors(moe, decision, merged, router, config)
         tensors |= made
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
     floats = sum(t.numel() for t in tensors.values() if t.is_floating_point())
@@ -98,7 +101,7 @@ def _header_bytes(tensors: Mapping[str, Tensor]) -> int:
     """Length prefix and JSON header as the safetensors library writes them, padded to 8 bytes."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for name, tensor in tensors.items():
+    for name, tensor in sorted(tensors.items(), key=_stored_order):
         end = offset + tensor.nbytes
         header[name] = {
             "dtype": _NAMES.get(tensor.dtype, "U8"),
@@ -107,3 +110,9 @@ def _header_bytes(tensors: Mapping[str, Tensor]) -> int:
         }
         offset = end
     return 8 + -(-len(json.dumps(header, separators=(",", ":"))) // 8) * 8
+
+
+def _stored_order(item: tuple[str, Tensor]) -> tuple[int, str]:
+    """Widest alignment first, then by name; the digits of the offsets depend on it."""
+    name, tensor = item
+    return _BY_ALIGNMENT.index(_NAMES.get(tensor.dtype, "U8")), name

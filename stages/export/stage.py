@@ -42,11 +42,12 @@ class ExportUnit:
     config: ExportConfig
     threads: int
     output: Path
+    variant: str = "compressed"
 
     @property
     def name(self) -> str:
-        """`output`, with the variant's folder in front."""
-        return "/".join(self.output.parts[-2:])
+        """`compressed/output`."""
+        return f"{self.variant}/{self.output.name}"
 
     @property
     def outputs(self) -> Sequence[Path]:

@@ -21,17 +21,21 @@ class Sizes:
 
     fixed: int  # everything but routed experts and what shrinks with them
     per_expert: int  # one expert of one layer with what belongs to it
+    layers: int  # MoE layers of the checkpoint, skipped ones included
 
 
 def total_experts(budget: Budget, layers: int, num_experts: int, sizes: Sizes) -> int:
     """Experts to keep over all merged layers; halves are rounded up.
+
+    A budget in bytes pays for the skipped layers first, which keep all their experts.
 
     Raises:
         BudgetError: fewer than one per layer, or more than there are.
     """
     full = layers * num_experts
     if budget.target_bytes is not None:
-        total = (budget.target_bytes - sizes.fixed) // sizes.per_expert
+        skipped = (sizes.layers - layers) * num_experts
+        total = (budget.target_bytes - sizes.fixed) // sizes.per_expert - skipped
     elif budget.keep_ratio is not None:
         total = _round_half_up(Fraction(str(budget.keep_ratio)) * full)
     else:

@@ -43,11 +43,12 @@ class TransformUnit:
     export: ExportConfig
     output: Path
     model: str  # fingerprint of the model
+    variant: str = "compressed"
 
     @property
     def name(self) -> str:
-        """`layers/layer-00003.safetensors`, with the variant's folder in front."""
-        return "/".join(self.output.parts[-2:])
+        """`compressed/layer-00003.safetensors`."""
+        return f"{self.variant}/{self.output.name}"
 
     @property
     def outputs(self) -> Sequence[Path]:
@@ -87,6 +88,7 @@ def plan(
     export: ExportConfig,
     folder: Path,
     model: str,
+    variant: str = "compressed",
 ) -> list[TransformUnit]:
     """One unit per output file."""
     by_layer = {decision.layer: decision for decision in decisions}
@@ -100,6 +102,7 @@ def plan(
             export=export,
             output=folder / file_name(layout.layer),
             model=model,
+            variant=variant,
         )
         for layout in layouts
     ]

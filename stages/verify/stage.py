@@ -55,8 +55,7 @@ def run_one(unit: VerifyUnit) -> dict[str, Any]:
         CheckpointError: naming the first tensor that holds NaN or infinity.
     """
     infos = [info for info in unit.checkpoint.tensors.values() if info.file == unit.file]
-    for info in infos:
-        tensor = unit.checkpoint.read([info.name])[info.name]
+    for info, tensor in unit.checkpoint.stream(infos):
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             bad = int((~tensor.isfinite()).sum())
             raise CheckpointError(

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import InfrastructureError
-from cluster.executor import Executor, Job
+from cluster.executor import Executor, Job, Resources
 from cluster.local import LocalExecutor
 from cluster.ray import RayExecutor
 from models.errors import UserError
@@ -123,3 +123,21 @@ def test_a_user_error_arrives_as_itself_and_is_not_retried(
     with pytest.raises(UserError, match="not welcome") as caught:
         dict(ray_executor.imap(Job(make_refuse, stateful=stateful), numbers(tmp_path)))
     assert caught.value.remedy == "leave it out"
+
+
+def test_a_worker_that_fits_no_node_is_refused_instead_of_waiting_for_ever(
+    ray_executor: Executor, tmp_path: Path
+) -> None:
+    job = Job(make_square, stateful=True, resources=Resources(memory_bytes=1 << 50))
+    with pytest.raises(InfrastructureError, match="no node can hold one worker"):
+        dict(ray_executor.imap(job, numbers(tmp_path)))
+
+
+def test_no_more_workers_than_the_memory_of_the_nodes_holds(
+    ray_executor: Executor, tmp_path: Path
+) -> None:
+    import ray
+
+    whole = int(ray.cluster_resources()["memory"])
+    job = Job(make_process_id, stateful=True, resources=Resources(memory_bytes=whole * 2 // 3))
+    assert len(set(dict(ray_executor.imap(job, numbers(tmp_path))).values())) == 1

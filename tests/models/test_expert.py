@@ -19,9 +19,7 @@ KINDS = {"gated": st.booleans(), "biases": st.booleans()}
 def test_any_permutation_leaves_the_function_unchanged_in_fp64(
     neurons: int, hidden: int, seed: int, gated: bool, biases: bool
 ) -> None:
-    expert = random_expert(
-        neurons, hidden, seed, gated=gated, biases=biases, dtype=torch.float64
-    )
+    expert = random_expert(neurons, hidden, seed, gated=gated, biases=biases, dtype=torch.float64)
     x = random_input(5, hidden, seed + 1, torch.float64)
 
     moved = expert.permuted(random_permutation(neurons, seed))

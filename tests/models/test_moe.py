@@ -98,7 +98,7 @@ def test_bytes_of_experts_and_layers(mixtral: Path) -> None:
     [
         (lambda t: t.pop(W1), "1 expert tensor.* missing, first .*experts.3.w1"),
         (lambda t: t.update({W1.replace(".3.", ".6."): t[W1].clone()}), "1 expert.* unexpected"),
-        (lambda t: t.update({W1: t[W1][:-1].clone()}), r"has shape \[11, 32\].* \[12, 32\]"),
+        (lambda t: t.update({W1: t[W1][:-1].clone()}), r"has shape \[15, 32\].* \[16, 32\]"),
         (lambda t: t.update({W1: t[W1].to(torch.int8)}), "has dtype I8"),
         (lambda t: t.update({ROUTER: t[ROUTER][:5].clone()}), r"has shape \[5, 32\].* \[6, 32\]"),
     ],
@@ -108,6 +108,22 @@ def test_a_broken_expert_grid_is_refused(mixtral: Path, change: Edit, message: s
     edit(mixtral, change)
 
     with pytest.raises(CheckpointError, match=message):
+        MoeCheckpoint.open(mixtral)
+
+
+@pytest.mark.parametrize("top_k", [0, 7])
+def test_a_config_that_selects_no_or_too_many_experts_is_refused(mixtral: Path, top_k: int) -> None:
+    config = json.loads((mixtral / "config.json").read_text())
+    (mixtral / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": top_k}))
+
+    with pytest.raises(CheckpointError, match=f"selects {top_k} of 6 experts"):
+        MoeCheckpoint.open(mixtral)
+
+
+def test_a_single_missing_router_is_refused(mixtral: Path) -> None:
+    edit(mixtral, lambda t: t.update({"x": t.pop(ROUTER)}))
+
+    with pytest.raises(CheckpointError, match=r"missing, first .*layers\.0.*gate\.weight"):
         MoeCheckpoint.open(mixtral)
 
 
@@ -122,7 +138,7 @@ def test_a_config_with_another_number_of_experts_is_refused(mixtral: Path) -> No
     config = json.loads((mixtral / "config.json").read_text())
     (mixtral / "config.json").write_text(json.dumps(config | {"num_local_experts": 8}))
 
-    with pytest.raises(CheckpointError, match="12 expert tensor.* missing.*promises 8 experts"):
+    with pytest.raises(CheckpointError, match=r"12 expert tensor.* missing.*promises 8 experts"):
         MoeCheckpoint.open(mixtral)
 
 

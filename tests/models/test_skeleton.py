@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -77,3 +78,21 @@ def test_a_missing_shared_expert_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(CheckpointError, match=r"shared_expert\.up_proj\.weight is missing"):
         check_dense_tensors(moe)
+
+
+def test_a_sparse_layer_without_router_and_experts_is_refused(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path, "mixtral")
+    tensors = load_file(folder / "model.safetensors")
+    lost = {n: None for n in tensors if n.startswith("model.layers.1.block_sparse_moe.")}
+
+    with pytest.raises(CheckpointError, match="layers 1 have neither router nor experts"):
+        check_dense_tensors(edited(folder, **lost))
+
+
+def test_a_config_that_makes_no_model_is_refused(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path, "mixtral")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_act": "nothing"}))
+
+    with pytest.raises(CheckpointError, match="makes no mixtral model"):
+        check_dense_tensors(MoeCheckpoint.open(folder))

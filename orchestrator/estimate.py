@@ -1,0 +1,76 @@
+"""Memory of one worker per stage, from headers alone: what `plan` shows and Ray reserves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from orchestrator.preflight import Prepared, expected_layouts
+from stages.export.layout import FileLayout
+
+# Resident memory of a worker that has imported torch and transformers and done nothing yet.
+PROCESS_BYTES = 400_000_000
+
+
+def verify(run: Prepared) -> int:
+    """The largest tensor and its mask of finite values."""
+    largest = max(info.nbytes for info in run.moe.checkpoint.tensors.values())
+    return PROCESS_BYTES + 2 * largest
+
+
+def corpus(run: Prepared) -> int:
+    """Token lists as Python integers."""
+    evaluate = run.config.evaluate
+    tokens = run.config.calibrate.data.tokens + (evaluate.data.tokens if evaluate else 0)
+    return PROCESS_BYTES + 64 * tokens
+
+
+def calibrate(run: Prepared) -> int:
+    """The model, the sums of all domains, and one observed batch."""
+    config = run.config.calibrate
+    sums = len(config.data.sources) * statistics_bytes(run)
+    return PROCESS_BYTES + _model_bytes(run, config.dtype) + sums + _activations(run)
+
+
+def transform(run: Prepared) -> int:
+    """The largest finished layer twice, one group of all experts, and fp64 sums of one expert."""
+    moe = run.moe
+    layouts = [each for variant in run.variants for each in expected_layouts(variant, moe)]
+    largest = max(each.tensor_bytes for each in layouts)
+    expert = max(moe.expert_bytes(layer) for layer in moe.layers)
+    return PROCESS_BYTES + 2 * largest + (moe.num_experts + 8) * expert
+
+
+def export(run: Prepared, layouts: Sequence[FileLayout]) -> int:
+    """The reload gate opens the whole output."""
+    return PROCESS_BYTES + sum(each.tensor_bytes for each in layouts)
+
+
+def evaluate(run: Prepared) -> int:
+    """The original model and the logits of one batch."""
+    config = run.config.evaluate
+    if config is None:
+        return 0
+    vocabulary = int(run.moe.checkpoint.config["vocab_size"])
+    logits = config.batch_size * config.data.sequence_length * vocabulary * 4
+    return PROCESS_BYTES + _model_bytes(run, config.dtype) + 5 * logits
+
+
+def statistics_bytes(run: Prepared) -> int:
+    """Statistics of one domain: eight scalars and three vectors of E for every expert."""
+    experts = run.moe.num_experts
+    return 8 * (8 + 3 * experts) * experts * len(run.moe.layers)
+
+
+def _model_bytes(run: Prepared, dtype: str) -> int:
+    """Bytes of the resident model in the type that it runs in."""
+    width = {"auto": 0, "float32": 4}.get(dtype, 2)
+    checkpoint = run.moe.checkpoint
+    return checkpoint.parameters * width if width else checkpoint.nbytes
+
+
+def _activations(run: Prepared) -> int:
+    """What one batch of one MoE layer takes while it is observed, with float64 copies."""
+    config, moe = run.config.calibrate, run.moe
+    tokens = config.batch_size * config.data.sequence_length
+    neurons, hidden = moe.expert_infos(moe.layers[0])["up"].shape
+    return tokens * (moe.top_k * (32 * hidden + 12 * neurons) + 32 * moe.num_experts)
