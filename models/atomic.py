@@ -16,7 +16,7 @@ from models.errors import DiskFull, UserError
 
 _CHUNK = 8 << 20
 _WHOLE = 256 << 20
-_SAMPLE = 1 << 20
+_SAMPLE = 64 << 10
 
 
 @contextmanager

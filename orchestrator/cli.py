@@ -25,7 +25,7 @@ app = typer.Typer(
 )
 Recipe = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file or recipe name.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Values that win.")
+    list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Values that win.")
 ]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="The run_dir of a run.")]
 
@@ -44,7 +44,7 @@ def run(
 
 @app.command()
 def plan(config: Recipe, overrides: Overrides = None) -> None:
-    """Show units, bytes, memory and what is already done; touches no weights."""
+    """Show units, bytes, memory and what is already done; loads no weights."""
     from orchestrator.plan import table
     from orchestrator.preflight import prepare
 
