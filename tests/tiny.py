@@ -158,9 +158,12 @@ def apply(expert: Expert, x: Tensor) -> Tensor:
 def same(a: Expert, b: Expert) -> bool:
     """Equal bit for bit, tensor by tensor."""
     ours, theirs = a.tensors(), b.tensors()
-    return ours.keys() == theirs.keys() and all(
-        ours[n].dtype == theirs[n].dtype and ours[n].equal(theirs[n]) for n in ours
-    )
+    return ours.keys() == theirs.keys() and all(same_bits(ours[n], theirs[n]) for n in ours)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal type and values; the sign of a zero counts."""
+    return a.dtype == b.dtype and a.equal(b) and a.signbit().equal(b.signbit())
 
 
 def statistics_of(

@@ -685,6 +685,14 @@ def test_a_disk_that_fills_up_leaves_no_temporary_file(
     assert_disk_full(coalesce("run", inputs.recipe(run_dir=str(run_dir)), "--quiet"), run_dir)
 
 
+def test_an_event_that_finds_no_space_is_reported_like_any_other_write(
+    coalesce: Command, inputs: Inputs
+) -> None:
+    inputs.run_dir.mkdir()
+    (inputs.run_dir / "events.jsonl").symlink_to("/dev/full")
+    assert_disk_full(coalesce("run", inputs.recipe(), "--quiet"), inputs.run_dir)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("optimist")
 def test_a_run_goes_on_once_there_is_space_again(

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from models.checkpoint import Checkpoint
 from models.families import FAMILIES
 from orchestrator.load import recipes
-from orchestrator.preflight import MAIN
 from stages.export.formats import FORMATS
 from stages.group.config import METHODS
 from tests.orchestrator.tiny_run import Command, Inputs, expert, router, snapshot
@@ -76,7 +77,7 @@ def test_a_call_that_is_not_understood_ends_with_code_2(
 ) -> None:
     outcome = coalesce(*words)
     assert outcome.code == 2
-    assert "Usage: coalesce" in outcome.err
+    assert outcome.err.startswith("Usage: ")
 
 
 def test_no_words_at_all_show_the_help(coalesce: Command) -> None:
@@ -165,26 +166,27 @@ def hollow(inputs: Inputs, gibibytes: int) -> None:
 
 
 def test_a_plan_reads_samples_of_a_large_file_and_not_its_weights(
-    coalesce: Command, inputs: Inputs
+    coalesce: Command, inputs: Inputs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    counter = Path("/proc/self/io")
+    if not counter.exists() or shutil.disk_usage(inputs.root).free < 5e9:
+        pytest.skip("what a process reads is not counted here, or a plan for 4 GB has no room")
+
+    def forbidden(*_: object) -> None:
+        pytest.fail("a tensor was read")  # through a memory map, which the counter does not see
+
     hollow(inputs, 8)
     recipe = inputs.recipe()
-    reads = Path("/proc/self/io")
-    if not reads.exists():
-        pytest.skip("this system does not count what a process reads")
-    before = bytes_read(reads)
-    outcome = coalesce("plan", recipe, "run_dir=/proc/nowhere") if False else coalesce(
-        "plan", recipe, f"run_dir={inputs.run_dir}"
-    )
-    assert outcome.code in (0, 2), outcome.err
-    assert bytes_read(reads) - before < 512 << 20
-    if outcome.code == 2:  # fewer than 4 GB free here, and the plan knows it without reading
-        assert "are free" in outcome.err
-    else:
-        assert "8.6 GB -> 4.3 GB" in " ".join(outcome.out.split())
+    monkeypatch.setattr(Checkpoint, "read", forbidden)
+    before = bytes_read(counter)
+    outcome = coalesce("plan", recipe)
+    assert outcome.code == 0, outcome.err
+    assert bytes_read(counter) - before < 128 << 20  # 64 samples of 1 MiB identify the file
+    assert "8.6 GB -> 4.3 GB" in " ".join(outcome.out.split())
 
 
 def bytes_read(counter: Path) -> int:
+    """Bytes that this process has read by system calls so far."""
     return int(counter.read_text().split("rchar: ")[1].split()[0])
 
 
@@ -239,7 +241,3 @@ def test_a_quiet_run_that_is_finished_prints_the_result_only(
     ]
     assert len(outcome.out.splitlines()) == 3
     assert outcome.err == ""
-
-
-def test_the_main_variant_is_called_compressed() -> None:
-    assert MAIN == "compressed"

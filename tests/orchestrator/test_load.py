@@ -57,7 +57,8 @@ def test_the_command_line_wins_over_the_file(file: Path) -> None:
 
 
 def test_of_two_overrides_the_later_wins(file: Path) -> None:
-    assert load(str(file), ["calibrate.shards=5", "calibrate.shards=6"]).config.calibrate.shards == 6
+    config = load(str(file), ["calibrate.shards=5", "calibrate.shards=6"]).config
+    assert config.calibrate.shards == 6
 
 
 def test_an_override_may_name_a_key_that_the_file_does_not_have(file: Path) -> None:
@@ -196,9 +197,7 @@ def test_an_empty_part_of_a_key_is_refused(file: Path) -> None:
         (b"1: x\n", "the config is not valid"),
     ],
 )
-def test_a_file_that_is_no_config_is_refused(
-    tmp_path: Path, content: bytes, fragment: str
-) -> None:
+def test_a_file_that_is_no_config_is_refused(tmp_path: Path, content: bytes, fragment: str) -> None:
     path = tmp_path / "bad.yaml"
     path.write_bytes(content)
     message = refusal(path)

@@ -16,7 +16,7 @@ from orchestrator.load import validate
 from orchestrator.preflight import Prepared, prepare
 from orchestrator.run import run
 from orchestrator.run_folder import MAIN
-from stages.errors import GateError
+from stages.errors import GateError, StaleUnit
 from stages.export import stage as export
 from stages.export.layout import file_layouts, placeholder
 from stages.transform import stage as transform
@@ -166,3 +166,15 @@ def test_the_reload_gate_refuses_and_publishes_nothing(
         export.run_one(unit)
     assert not unit.output.exists()
     assert not list(unit.output.parent.glob(".*"))
+
+
+@pytest.mark.slow
+def test_a_run_whose_text_changed_stops_and_says_so(tmp_path: Path) -> None:
+    job = prepared(tmp_path, "mixtral")
+    run(job)
+    before = {p: p.read_bytes() for p in job.folder.root.rglob("*") if p.suffix == ".arrow"}
+    with (tmp_path / "text.jsonl").open("a") as text:
+        text.write('{"text": "word1 word2"}\n')
+    with pytest.raises(StaleUnit, match="corpus/calibration was finished .* data was"):
+        run(prepare(job.config))
+    assert {path: path.read_bytes() for path in before} == before

@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
@@ -98,8 +99,6 @@ def run_statistics(planted: Planted, folder: Path) -> Any:
     """Blocks to statistics, in two shards, without a cluster."""
     blocks = [Block("text", tuple(row)) for row in random_ids(8, 24, seed=6).tolist()]
     columns = {"domain": [b.domain for b in blocks], "tokens": [list(b.tokens) for b in blocks]}
-    import pyarrow as pa
-
     schema = pa.schema([("domain", pa.string()), ("tokens", pa.list_(pa.int32()))])
     write_table(folder / "tokens.arrow", pa.table(columns, schema=schema))
     data = CorpusConfig(sources=(Source(path="unused"),))
