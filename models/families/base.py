@@ -88,8 +88,12 @@ class Family:
         return int(config["num_experts_per_tok"])
 
     def with_num_experts(self, config: dict[str, Any], count: int) -> dict[str, Any]:
-        """config.json with `count` experts per layer."""
-        return config | {key: count for key in self.count_keys if key in config}
+        """config.json with `count` experts per layer.
+
+        Without `auto_map`: the code it points to is never copied, and the family's own class fits.
+        """
+        counts = {key: count for key in self.count_keys if key in config}
+        return {key: value for key, value in config.items() if key != "auto_map"} | counts
 
 
 def layer_of(name: str) -> int | None:

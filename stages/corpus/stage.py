@@ -129,6 +129,11 @@ def _blocks(config: CorpusConfig, tokenizer: Any) -> Iterator[Block]:
         by_domain = documents(source, config.seed)
         shares = split_budget(budget, [1.0] * len(by_domain))
         for (domain, texts), share in zip(by_domain.items(), shares, strict=True):
+            if share < 2:
+                raise DataError(
+                    f"{config.tokens} tokens leave {share} for domain {domain!r}",
+                    "raise `tokens` of this section, or the weight of the source",
+                )
             found = list(_domain_blocks(config, domain, texts, tokenizer, share))
             if not found:
                 raise no_tokens(domain, source)

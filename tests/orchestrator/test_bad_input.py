@@ -744,7 +744,15 @@ def test_code_in_a_checkpoint_is_never_executed(coalesce: Command, inputs: Input
     outcome = coalesce("run", inputs.recipe(), "--quiet")
     assert outcome.code == 0, outcome.err
     assert not marker.exists()
-    assert not list((inputs.run_dir / "output").glob("*.py"))
+    output = inputs.run_dir / "output"
+    assert not list(output.glob("*.py"))
+    assert "auto_map" not in json.loads((output / "config.json").read_text())
+
+
+def test_fewer_tokens_than_domains_are_refused(coalesce: Command, inputs: Inputs) -> None:
+    outcome = coalesce("run", inputs.recipe(calibrate__data__tokens=1), "--quiet")
+    assert outcome.code == 2
+    assert "1 tokens leave 1 for domain 'prose'" in outcome.err
 
 
 def test_a_tokenizer_that_needs_code_is_refused(coalesce: Command, inputs: Inputs) -> None:

@@ -140,8 +140,9 @@ def test_a_flipped_bit_in_a_finished_layer_is_found_and_repaired(
     layer.write_bytes(damaged)
     done = finish(run_dir, "executor.kind=local", "evaluate=null")
     assert done.returncode == 0, done.stderr
-    assert bytes_of(run_dir)["layer-00001.safetensors"] == (
-        bytes_of(uninterrupted)["layer-00001.safetensors"]
+    assert (
+        bytes_of(run_dir)["layer-00001.safetensors"]
+        == (bytes_of(uninterrupted)["layer-00001.safetensors"])
     )
     output = run_dir / "output" / "model-00002-of-00006.safetensors"
     assert output.read_bytes() == layer.read_bytes()

@@ -175,6 +175,6 @@ def test_a_run_whose_text_changed_stops_and_says_so(tmp_path: Path) -> None:
     before = {p: p.read_bytes() for p in job.folder.root.rglob("*") if p.suffix == ".arrow"}
     with (tmp_path / "text.jsonl").open("a") as text:
         text.write('{"text": "word1 word2"}\n')
-    with pytest.raises(StaleUnit, match="corpus/calibration was finished .* data was"):
+    with pytest.raises(StaleUnit, match=r"corpus/calibration was finished .* data was"):
         run(prepare(job.config))
     assert {path: path.read_bytes() for path in before} == before

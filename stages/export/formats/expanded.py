@@ -47,8 +47,8 @@ class Expanded:
         return name
 
     def config_json(self, moe: MoeCheckpoint, decisions: Sequence[LayerDecision]) -> dict[str, Any]:
-        """Unchanged."""
-        return moe.checkpoint.config
+        """As many experts as before."""
+        return moe.family.with_num_experts(moe.checkpoint.config, moe.num_experts)
 
     def extra_files(self) -> Mapping[str, Path]:
         """None."""
