@@ -54,9 +54,11 @@ class Scheduler:
         reset_peak_rss()
         start = time.monotonic()
         yield
-        seconds = round(time.monotonic() - start, 3)
-        self.done[stage] = [Done(stage, {}, {}, seconds, peak_rss())]
-        self._events.emit("unit_done", stage=stage, unit=stage, done=1, units=1)
+        seconds, peak = round(time.monotonic() - start, 3), peak_rss()
+        self.done[stage] = [Done(stage, {}, {}, seconds, peak)]
+        self._events.emit(
+            "unit_done", stage=stage, unit=stage, done=1, units=1, peak_rss_bytes=peak
+        )
         self._events.emit("stage_done", stage=stage, seconds=seconds)
 
     def _run(self, stage: str, units: Sequence[U], job: Job[U, Done]) -> list[Done]:
