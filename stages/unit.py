@@ -42,6 +42,22 @@ class Unit(Protocol):
         """Everything the result depends on, by part: model, data, config, code, upstream."""
 
 
+class OneFile:
+    """Base of units that write one file, `output`; the marker lies beside it."""
+
+    output: Path
+
+    @property
+    def outputs(self) -> Sequence[Path]:
+        """The file."""
+        return (self.output,)
+
+    @property
+    def marker(self) -> Path:
+        """Beside the file."""
+        return beside(self.output)
+
+
 U = TypeVar("U", bound=Unit)
 
 

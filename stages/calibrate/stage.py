@@ -18,11 +18,11 @@ from stages.calibrate.statistics import Key, add_tables, read_statistics, to_tab
 from stages.corpus.blocks import Block
 from stages.corpus.stage import read_blocks
 from stages.model import batch_of, load_model, pad_id
-from stages.unit import Fingerprint, beside
+from stages.unit import Fingerprint, OneFile
 
 
 @dataclass(frozen=True)
-class ShardUnit:
+class ShardUnit(OneFile):
     """Observes blocks `start` to `stop` of the corpus."""
 
     index: int
@@ -41,16 +41,6 @@ class ShardUnit:
     def name(self) -> str:
         """`calibrate/shard-00003`."""
         return f"calibrate/shard-{self.index:05d}"
-
-    @property
-    def outputs(self) -> Sequence[Path]:
-        """The statistics shard."""
-        return (self.output,)
-
-    @property
-    def marker(self) -> Path:
-        """Beside the file."""
-        return beside(self.output)
 
     @property
     def fingerprint(self) -> Fingerprint:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,29 +16,19 @@ from stages.corpus.blocks import Block, packed, padded, split_budget
 from stages.corpus.config import VERSION, CorpusConfig
 from stages.corpus.read import documents, local_files, no_tokens
 from stages.errors import DataError
-from stages.unit import Fingerprint, beside
+from stages.unit import Fingerprint, OneFile
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
 @dataclass(frozen=True)
-class CorpusUnit:
+class CorpusUnit(OneFile):
     """Tokenises one mixture into one Arrow file."""
 
     name: str
     config: CorpusConfig
     tokenizer: Path
     output: Path
-
-    @property
-    def outputs(self) -> Sequence[Path]:
-        """The block table."""
-        return (self.output,)
-
-    @property
-    def marker(self) -> Path:
-        """Beside the file."""
-        return beside(self.output)
 
     @property
     def fingerprint(self) -> Fingerprint:

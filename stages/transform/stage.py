@@ -28,11 +28,11 @@ from stages.group.decision import LayerDecision
 from stages.merge.config import VERSION as MERGE_VERSION
 from stages.merge.config import MergeConfig
 from stages.merge.mean import merge
-from stages.unit import Fingerprint, beside
+from stages.unit import Fingerprint, OneFile
 
 
 @dataclass(frozen=True)
-class TransformUnit:
+class TransformUnit(OneFile):
     """Writes one output file; `decision` is None for a file without merged experts."""
 
     moe: MoeCheckpoint
@@ -49,16 +49,6 @@ class TransformUnit:
     def name(self) -> str:
         """`compressed/layer-00003.safetensors`."""
         return f"{self.variant}/{self.output.name}"
-
-    @property
-    def outputs(self) -> Sequence[Path]:
-        """The layer's finished file."""
-        return (self.output,)
-
-    @property
-    def marker(self) -> Path:
-        """Beside the file."""
-        return beside(self.output)
 
     @property
     def fingerprint(self) -> Fingerprint:
