@@ -43,6 +43,18 @@ def run(
 
 
 @app.command()
+def calibrate(
+    config: Recipe,
+    overrides: Overrides = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print the result only.")] = False,
+) -> None:
+    """Observe only: routing statistics that any later run of the same model can reuse."""
+    from orchestrator.commands.run import calibrate_command
+
+    calibrate_command(_load(config, overrides).config, quiet=quiet)
+
+
+@app.command()
 def plan(config: Recipe, overrides: Overrides = None) -> None:
     """Show units, bytes, memory and what is already done; loads no weights."""
     from orchestrator.plan import table

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,11 +56,7 @@ class Decided:
 def run(prepared: Prepared, listeners: Sequence[Listener] = ()) -> Path:
     """Runs whatever is not done yet; returns the folder of the report."""
     folder = prepared.folder
-    run_folder.claim(folder, prepared.config, prepared.model)
-    events = EventLog(folder.events, listeners)
-    events.emit("run_started", run=str(folder.root), resumes=prepared.resumes)
-    with open_executor(prepared.config.executor) as executor:
-        scheduler = Scheduler(executor, events, prepared.config.executor.gpus_per_worker)
+    with _started(prepared, listeners) as (events, scheduler):
         statistics = _observe(prepared, scheduler)
         decided = _decide(prepared, scheduler, statistics, events)
         _write_models(prepared, scheduler, decided)
@@ -83,6 +79,29 @@ def run(prepared: Prepared, listeners: Sequence[Listener] = ()) -> Path:
     _remove_baselines(prepared)
     events.emit("run_done", report=str(folder.report / "index.html"))
     return folder.report
+
+
+def observe(prepared: Prepared, listeners: Sequence[Listener] = ()) -> Path:
+    """The first half of a run: the statistics table, for this run and any later one."""
+    with _started(prepared, listeners) as (events, scheduler):
+        statistics = layers_of(_observe(prepared, scheduler))
+    for message in group.warnings(statistics):
+        events.emit("warning", message=message)
+    events.emit("observed", statistics=str(prepared.folder.statistics))
+    return prepared.folder.statistics
+
+
+@contextmanager
+def _started(
+    prepared: Prepared, listeners: Sequence[Listener]
+) -> Iterator[tuple[EventLog, Scheduler]]:
+    """Claims the folder and opens the executor."""
+    folder, config = prepared.folder, prepared.config.executor
+    run_folder.claim(folder, prepared.config, prepared.model)
+    events = EventLog(folder.events, listeners)
+    events.emit("run_started", run=str(folder.root), resumes=prepared.resumes)
+    with open_executor(config) as executor:
+        yield events, Scheduler(executor, events, config.gpus_per_worker)
 
 
 def _observe(prepared: Prepared, scheduler: Scheduler) -> pa.Table:

@@ -71,6 +71,8 @@ def headline(folder: RunFolder) -> str:
         return "not started"
     if last["event"] == "run_done":
         return "finished"
+    if last["event"] == "observed":
+        return "observed; `coalesce run` goes on from here"
     if last["event"] == "run_failed":
         return f"failed: {str(last['error']).splitlines()[0]}"
     return f"last sign of life {time.time() - last['time']:.0f} s ago"

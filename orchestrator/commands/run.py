@@ -1,9 +1,11 @@
-"""`coalesce run`"""
+"""`coalesce run` and `coalesce calibrate`"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
+from pathlib import Path
 
 from rich.console import Console
 
@@ -11,30 +13,50 @@ from models.atomic import reporting_full_disk
 from orchestrator import progress
 from orchestrator.config import RunConfig
 from orchestrator.errors import exit_code
-from orchestrator.events import EventLog
+from orchestrator.events import EventLog, Listener
 from orchestrator.plan import table
 from orchestrator.preflight import Prepared, prepare
 from orchestrator.report.story import headline
-from orchestrator.run import run
+from orchestrator.run import observe, run
 from orchestrator.run_folder import MAIN
 
 
 def run_command(config: RunConfig, *, quiet: bool) -> None:
-    """Plan, run, and where to find the result. Failures are written to the events first."""
-    console = Console() if sys.stdout.isatty() else Console(width=140)
-    prepared = prepare(config)
+    """Plan, run, and where to find the result."""
+    console, prepared = _console(), prepare(config)
+    folder = _supervised(prepared, console, run, quiet=quiet)
+    _print_result(console, prepared)
+    print(f"checkpoint: {prepared.folder.output(MAIN)}")
+    print(f"report: {folder / 'index.html'}")
+
+
+def calibrate_command(config: RunConfig, *, quiet: bool) -> None:
+    """Plan, observe, and where the statistics are."""
+    path = _supervised(prepare(config), _console(), observe, quiet=quiet)
+    print(f"statistics: {path}")
+
+
+def _console() -> Console:
+    return Console() if sys.stdout.isatty() else Console(width=140)
+
+
+def _supervised(
+    prepared: Prepared,
+    console: Console,
+    work: Callable[[Prepared, Sequence[Listener]], Path],
+    *,
+    quiet: bool,
+) -> Path:
+    """Shows plan and progress; a failure is written to the events before it is reported."""
     if not quiet:
         console.print(table(prepared))
     try:
         with reporting_full_disk(prepared.folder.root), ExitStack() as stack:
             listeners = [] if quiet else [stack.enter_context(progress.listener(console))]
-            folder = run(prepared, listeners)
+            return work(prepared, listeners)
     except BaseException as error:
         _record_failure(prepared, error)
         raise
-    _print_result(console, prepared)
-    print(f"checkpoint: {prepared.folder.output(MAIN)}")
-    print(f"report: {folder / 'index.html'}")
 
 
 def _record_failure(prepared: Prepared, error: BaseException) -> None:

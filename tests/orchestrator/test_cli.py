@@ -241,3 +241,18 @@ def test_a_quiet_run_that_is_finished_prints_the_result_only(
     ]
     assert len(outcome.out.splitlines()) == 3
     assert outcome.err == ""
+
+
+def test_calibrate_observes_only_and_run_goes_on_from_there(
+    coalesce: Command, inputs: Inputs
+) -> None:
+    recipe = inputs.recipe()
+    outcome = coalesce("calibrate", recipe, "--quiet")
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.strip() == f"statistics: {inputs.run_dir / 'statistics.arrow'}"
+    assert not (inputs.run_dir / "output").exists()
+    assert "observed" in coalesce("status", inputs.run_dir).out
+    statistics = (inputs.run_dir / "statistics.arrow").stat().st_mtime_ns
+    assert coalesce("run", recipe, "--quiet").code == 0
+    assert (inputs.run_dir / "output" / "config.json").exists()
+    assert (inputs.run_dir / "statistics.arrow").stat().st_mtime_ns == statistics
