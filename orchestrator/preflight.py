@@ -64,6 +64,7 @@ def prepare(config: RunConfig) -> Prepared:
     moe = MoeCheckpoint.open(resolve_model(config.model), allow_links=config.model.allow_links)
     check_dense_tensors(moe)
     for data in _corpora(config):
+        _check_length(data, moe)
         for source in data.sources:
             check_source(source)
     model, folder = identity(moe.checkpoint), RunFolder(config.run_dir.absolute())
@@ -268,6 +269,15 @@ def _baseline_experts(main: Variant, moe: MoeCheckpoint) -> int:
 def _corpora(config: RunConfig) -> list[CorpusConfig]:
     found = [] if config.calibrate.statistics is not None else [config.calibrate.data]
     return found + ([config.evaluate.data] if config.evaluate is not None else [])
+
+
+def _check_length(data: CorpusConfig, moe: MoeCheckpoint) -> None:
+    limit = moe.checkpoint.config.get("max_position_embeddings")
+    if isinstance(limit, int) and data.sequence_length > limit:
+        raise DataError(
+            f"sequence_length is {data.sequence_length:,}, the model knows {limit:,} positions",
+            f"set sequence_length to {limit:,} or less",
+        )
 
 
 def _check_disk(prepared: Prepared) -> None:

@@ -122,3 +122,10 @@ def test_fewer_tokens_than_domains_are_refused(coalesce: Command, inputs: Inputs
     outcome = coalesce("run", inputs.recipe(calibrate__data__tokens=1), "--quiet")
     assert outcome.code == 2
     assert "1 tokens leave 1 for domain 'prose'" in outcome.err
+
+
+def test_sequences_longer_than_the_model_knows_are_refused(
+    coalesce: Command, inputs: Inputs
+) -> None:
+    recipe = inputs.recipe(calibrate__data__sequence_length=65)
+    assert_refused(coalesce, inputs, recipe, "sequence_length is 65, the model knows 64 positions")
