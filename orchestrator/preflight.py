@@ -64,9 +64,9 @@ def prepare(config: RunConfig) -> Prepared:
     moe = MoeCheckpoint.open(resolve_model(config.model), allow_links=config.model.allow_links)
     check_dense_tensors(moe)
     for data in _corpora(config):
-        _check_length(data, moe)
         for source in data.sources:
             check_source(source)
+        _check_length(data, moe)
     model, folder = identity(moe.checkpoint), RunFolder(config.run_dir.absolute())
     if config.calibrate.statistics is not None:
         check_statistics(config.calibrate.statistics, moe, model)
