@@ -16,6 +16,7 @@ from models.arrow import read_table, write_table
 from models.atomic import file_digest, write_bytes, write_json
 from orchestrator import estimate, pipeline, run_folder
 from orchestrator.events import EventLog, Listener
+from orchestrator.lock import exclusive
 from orchestrator.preflight import Prepared, Variant
 from orchestrator.report.card import render_card
 from orchestrator.report.collect import Collected, collect
@@ -100,7 +101,7 @@ def _started(
     run_folder.claim(folder, prepared.config, prepared.model)
     events = EventLog(folder.events, listeners)
     events.emit("run_started", run=str(folder.root), resumes=prepared.resumes)
-    with open_executor(config) as executor:
+    with exclusive(folder), open_executor(config) as executor:
         yield events, Scheduler(executor, events, config.gpus_per_worker)
 
 

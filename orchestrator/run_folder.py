@@ -44,6 +44,11 @@ class RunFolder:
         return self.root / "events.jsonl"
 
     @property
+    def lock(self) -> Path:
+        """Held while a process works on the run; says which one."""
+        return self.root / "run.lock"
+
+    @property
     def verify(self) -> Path:
         """Markers of checked weight files."""
         return self.root / "verify"
@@ -178,4 +183,4 @@ def _read_identity(folder: RunFolder) -> dict[str, Any] | None:
 
 def _own_names(folder: RunFolder) -> set[str]:
     temporary = {path.name for path in folder.root.glob(".*.tmp")}
-    return {folder.config.name, folder.events.name} | temporary
+    return {folder.config.name, folder.events.name, folder.lock.name} | temporary
