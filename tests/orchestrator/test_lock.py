@@ -20,8 +20,7 @@ def busy(inputs: Inputs) -> Iterator[int]:
     """Another process that holds the lock of the run; its id."""
     inputs.run_dir.mkdir()
     code = (
-        "import sys; from pathlib import Path; from orchestrator.errors import RunFolderError
-from orchestrator.lock import exclusive;"
+        "import sys; from pathlib import Path; from orchestrator.lock import exclusive;"
         "from orchestrator.run_folder import RunFolder\n"
         "with exclusive(RunFolder(Path(sys.argv[1]))): print('held', flush=True); sys.stdin.read()"
     )
