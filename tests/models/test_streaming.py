@@ -78,7 +78,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "expert_layer_period": 2,
         "expert_layer_offset": 1,
         "mamba_d_state": 4,
-        "use_mamba_kernels": False,
     },
     "MiniMax": {"block_size": 4},
     "MiniMaxM2": {},
