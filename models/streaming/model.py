@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -40,6 +40,27 @@ class LayerCall:
         output = layer(hidden, *self.args, **self.kwargs)
         found: Tensor = output[0] if isinstance(output, tuple) else output
         return found
+
+    def without_hidden(self) -> LayerCall:
+        """The call with the shape and type of its hidden states only."""
+        return replace(self, hidden=self.hidden.to("meta"))
+
+
+def argument_bytes(calls: Sequence[LayerCall]) -> int:
+    """Memory of everything that the calls hold besides hidden states, shared tensors once."""
+    tensors = (t for call in calls for t in _tensors([call.args, call.kwargs]))
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return sum({each.data_ptr(): each.nbytes() for each in storages}.values())
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _tensors(each)
 
 
 class StreamedModel:

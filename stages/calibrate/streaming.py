@@ -17,12 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from models.atomic import reporting_full_disk
-from models.streaming.model import StreamedModel
-from stages.calibrate.observer import Sums, moe_block, watching
+from models.streaming.model import LayerCall, StreamedModel, argument_bytes
+from stages.calibrate.observer import Routed, Sums, moe_block, watching
 from stages.calibrate.statistics import Key, accumulate
 from stages.corpus.blocks import Block
 from stages.model import batch_of, pad_id
 
+_Arguments = tuple[Tensor, list[LayerCall]]  # [B, S] mask; one call per layer
+# Masks and rotary embeddings of a shard are kept up to this size, and made again beyond it.
+KEPT_ARGUMENT_BYTES = 64 << 20
 _SUFFIX = ".hidden.tmp"
 
 
@@ -38,34 +41,49 @@ def observe(
     sums: dict[Key, Sums] = {}
     sparse = [i for i, layer in enumerate(model.layers) if moe_block(layer) is not None]
     with _scratch(output) as folder:
+        shard = _Shard(model, batches, folder)
         # Nothing is observed behind the last sparse layer.
         for index in range(max(sparse, default=-1) + 1):
             with model.layer(index) as layer:
                 for number, batch in enumerate(batches):
-                    file = HiddenStates(folder / f"batch-{number:05d}")
-                    _advance(model, layer, index, batch, file, num_experts, sums)
+                    seen = shard.advance(number, layer, index)
+                    accumulate(sums, batch[0].domain, seen, num_experts)
     return sums
 
 
-def _advance(
-    model: StreamedModel,
-    layer: nn.Module,
-    index: int,
-    batch: Sequence[Block],
-    file: HiddenStates,
-    num_experts: int,
-    sums: dict[Key, Sums],
-) -> None:
-    """Takes the hidden states of one batch through one layer."""
-    ids, mask = batch_of([block.tokens for block in batch], pad_id(model), model.device)
-    call = model.calls(input_ids=ids, attention_mask=mask)[index]
-    if index == 0:
-        file.create(call.hidden)
-    hidden = file.open(call.hidden)
-    block = moe_block(layer)
-    with watching({} if block is None else {index: block}, mask) as seen:
-        hidden.copy_(call.run(layer, hidden.to(model.device)))
-    accumulate(sums, batch[0].domain, seen, num_experts)
+class _Shard:
+    """The batches of a shard on their way through the layers."""
+
+    def __init__(
+        self, model: StreamedModel, batches: Sequence[Sequence[Block]], folder: Path
+    ) -> None:
+        self._model = model
+        self._batches = batches
+        self._files = [HiddenStates(folder / f"batch-{i:05d}") for i in range(len(batches))]
+        self._kept: dict[int, _Arguments] = {}
+        self._room = KEPT_ARGUMENT_BYTES
+
+    def advance(self, number: int, layer: nn.Module, index: int) -> dict[int, Routed]:
+        """Takes one batch through one layer; what its MoE block did, if it has one."""
+        mask, calls = self._kept.get(number) or self._arguments(number, first=index == 0)
+        hidden, block = self._files[number].open(calls[index].hidden), moe_block(layer)
+        with watching({} if block is None else {index: block}, mask) as seen:
+            hidden.copy_(calls[index].run(layer, hidden.to(self._model.device)))
+        return seen
+
+    def _arguments(self, number: int, *, first: bool) -> _Arguments:
+        """What the model passes to its layers; hidden states are stored `first`, then let go."""
+        model, rows = self._model, [block.tokens for block in self._batches[number]]
+        ids, mask = batch_of(rows, pad_id(model), model.device)
+        calls = model.calls(input_ids=ids, attention_mask=mask)
+        if first:
+            self._files[number].create(calls[0].hidden)
+        found = mask, [call.without_hidden() for call in calls]
+        size = argument_bytes(calls)
+        if size <= self._room:
+            self._room -= size
+            self._kept[number] = found
+        return found
 
 
 class HiddenStates:
