@@ -66,9 +66,10 @@ class _Shard:
     def advance(self, number: int, layer: nn.Module, index: int) -> dict[int, Routed]:
         """Takes one batch through one layer; what its MoE block did, if it has one."""
         mask, calls = self._kept.get(number) or self._arguments(number, first=index == 0)
-        hidden, block = self._files[number].open(calls[index].hidden), moe_block(layer)
+        file, call, block = self._files[number], calls[index], moe_block(layer)
+        hidden = file.read(call.hidden).to(self._model.device)
         with watching({} if block is None else {index: block}, mask) as seen:
-            hidden.copy_(calls[index].run(layer, hidden.to(self._model.device)))
+            file.write(call.run(layer, hidden))
         return seen
 
     def _arguments(self, number: int, *, first: bool) -> _Arguments:
@@ -77,7 +78,7 @@ class _Shard:
         ids, mask = batch_of(rows, pad_id(model), model.device)
         calls = model.calls(input_ids=ids, attention_mask=mask)
         if first:
-            self._files[number].create(calls[0].hidden)
+            self._files[number].write(calls[0].hidden)
         found = mask, [call.without_hidden() for call in calls]
         size = argument_bytes(calls)
         if size <= self._room:
@@ -92,17 +93,17 @@ class HiddenStates:
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def create(self, hidden: Tensor) -> None:
-        """Writes them in the ordinary way: a full disk is an error here, not a killed process."""
+    def write(self, hidden: Tensor) -> None:
+        """Over what is there. Not through the mapping: a full disk would kill the process."""
         raw = hidden.contiguous().view(torch.uint8).numpy(force=True)
-        with reporting_full_disk(self._path), self._path.open("wb") as file:
+        self._path.touch()
+        with reporting_full_disk(self._path), self._path.open("r+b") as file:
             file.write(raw.data)
 
-    def open(self, like: Tensor) -> Tensor:
-        """`[B, S, H]` on the CPU, mapped: what is written to the tensor is written to the file."""
-        mapped = torch.from_file(
-            str(self._path), shared=True, size=like.numel(), dtype=like.dtype, device="cpu"
-        )
+    def read(self, like: Tensor) -> Tensor:
+        """`[B, S, H]` on the CPU, of the shape and type of `like`; pages are read when touched."""
+        count, path = like.numel(), str(self._path)
+        mapped = torch.from_file(path, shared=False, size=count, dtype=like.dtype, device="cpu")
         return mapped.view(like.shape)
 
 

@@ -202,7 +202,18 @@ def test_hidden_states_are_kept_bit_for_bit(dtype: torch.dtype, tmp_path: Path) 
     hidden = torch.randn(2, 3, 5).to(dtype)
     file = streaming.HiddenStates(tmp_path / "batch")
 
-    file.create(hidden)
-    file.open(hidden).mul_(2)
+    file.write(hidden)
+    mapped = file.read(hidden)
+    file.write(mapped * 2)
 
-    assert file.open(hidden).equal(hidden * 2)
+    assert file.read(hidden).equal(hidden * 2)
+
+
+def test_what_a_layer_does_to_its_input_does_not_reach_the_file(tmp_path: Path) -> None:
+    hidden = torch.randn(2, 3, 5)
+    file = streaming.HiddenStates(tmp_path / "batch")
+    file.write(hidden)
+
+    file.read(hidden).zero_()
+
+    assert file.read(hidden).equal(hidden)
