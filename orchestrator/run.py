@@ -14,7 +14,7 @@ import yaml
 
 from models.arrow import read_table, write_table
 from models.atomic import file_digest, write_bytes, write_json
-from orchestrator import estimate, pipeline, run_folder
+from orchestrator import engine, estimate, pipeline, run_folder
 from orchestrator.events import EventLog, Listener
 from orchestrator.preflight import Prepared, Variant
 from orchestrator.report.card import render_card
@@ -61,7 +61,7 @@ def run(prepared: Prepared, listeners: Sequence[Listener] = ()) -> Path:
     events.emit("run_started", run=str(folder.root), resumes=prepared.resumes)
     with open_executor(prepared.config.executor) as executor:
         scheduler = Scheduler(executor, events, prepared.config.executor.gpus_per_worker)
-        statistics = _observe(prepared, scheduler)
+        statistics = _observe(prepared, scheduler, events)
         decided = _decide(prepared, scheduler, statistics, events)
         _write_models(prepared, scheduler, decided)
         measured = _measure(prepared, scheduler, decided)
@@ -85,7 +85,7 @@ def run(prepared: Prepared, listeners: Sequence[Listener] = ()) -> Path:
     return folder.report
 
 
-def _observe(prepared: Prepared, scheduler: Scheduler) -> pa.Table:
+def _observe(prepared: Prepared, scheduler: Scheduler, events: EventLog) -> pa.Table:
     """Verify, tokenise, calibrate: the statistics table, on disk and in hand."""
     config, folder = prepared.config, prepared.folder
     if config.model.verify == "full":
@@ -96,9 +96,10 @@ def _observe(prepared: Prepared, scheduler: Scheduler) -> pa.Table:
     if config.calibrate.statistics is not None:
         table = read_statistics(config.calibrate.statistics)
     else:
-        shards = pipeline.calibrate_units(prepared)
-        memory = estimate.calibrate(prepared)
-        scheduler.run_model("calibrate", shards, calibrate.make_worker, memory)
+        choice = engine.choose(prepared)
+        events.emit("engine", stage="calibrate", engine=choice.engine, why=choice.why)
+        shards = pipeline.calibrate_units(prepared, choice.engine)
+        scheduler.run_model("calibrate", shards, calibrate.make_worker, choice.worker_bytes)
         table = calibrate.reduce(shards)
     return _settle(folder.statistics, table)
 
