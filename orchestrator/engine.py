@@ -49,6 +49,9 @@ def worker_budget(run: Prepared) -> tuple[int, str]:
     config = run.config.calibrate
     if config.memory_bytes is not None:
         return config.memory_bytes, "calibrate.memory_bytes"
+    on_gpu = gpu_memory() if run.config.executor.gpus_per_worker else None
+    if on_gpu is not None:
+        return on_gpu, "the memory of a GPU"
     free, workers = available_memory(), worker_count(run)
     shared = f" / {workers} workers" if workers > 1 else ""
     return free // workers, f"{human(free)} of free memory{shared}"
@@ -60,6 +63,15 @@ def worker_count(run: Prepared) -> int:
     if executor.kind == "local":
         return 1
     return min(executor.workers or os.cpu_count() or 1, run.config.calibrate.shards)
+
+
+def gpu_memory() -> int | None:
+    """Bytes of the first GPU of this host, on one of which a worker's model lies; None: no GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    return int(torch.cuda.get_device_properties(0).total_memory)
 
 
 def available_memory() -> int:

@@ -26,7 +26,8 @@ class CalibrateConfig(Settings):
     # resident: a worker holds the whole model. streaming: one decoder layer at a time, any depth.
     # Statistics are the same, bit for bit; auto: resident wherever it fits.
     engine: Literal["resident", "streaming", "auto"] = "auto"
-    # Memory of one worker that `auto` fits the model into; None: free memory / workers.
+    # Memory of one worker that `auto` fits the model into. None: free memory of the host that
+    # starts the run / workers, or the memory of one of its GPUs.
     memory_bytes: int | None = Field(default=None, gt=0)
     # Decide again on what another run observed: its statistics.arrow. `data` is then not read.
     statistics: Path | None = None

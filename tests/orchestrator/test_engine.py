@@ -85,6 +85,13 @@ def test_one_process_has_the_free_memory_for_itself(
     assert engine.worker_budget(prepared(inputs)) == (3 * GB, "3.0 GB of free memory")
 
 
+def test_a_model_on_a_gpu_must_fit_the_gpu(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "gpu_memory", lambda: 80 * GB)
+    run = prepared(inputs, "executor.kind=ray", "executor.workers=6", "executor.gpus_per_worker=1")
+
+    assert engine.worker_budget(run) == (80 * GB, "the memory of a GPU")
+
+
 def test_the_limit_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal: 9000 kB\nMemAvailable: 8000 kB\n")
