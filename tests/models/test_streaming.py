@@ -96,8 +96,8 @@ def save_family(folder: Path, name: str) -> Path:
     config = getattr(transformers, f"{name}Config")(**COMMON | FAMILIES[name])
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     with torch.no_grad():
-        for parameter in model.parameters():  # some initialise whole matrices to zero or one
-            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+        for stored in model.state_dict().values():  # some start at zero or one throughout
+            stored.add_(torch.randn_like(stored), alpha=0.05)
     model.save_pretrained(folder)
     return folder
 
@@ -149,10 +149,11 @@ def test_streamed_logits_of_left_padded_rows_equal_the_whole_models_bit_for_bit(
     assert same_bits(found[real], expected[real])
 
 
+@pytest.mark.parametrize("family", ["Mixtral", "DeepseekV3", "Ernie4_5_Moe"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_is_the_same_half_precision(dtype: str, tmp_path: Path) -> None:
-    """DeepSeek-V3 keeps a router's correction in fp32 whatever the type is."""
-    folder, kind = save_family(tmp_path, "DeepseekV3"), getattr(torch, dtype)
+def test_half_precision_is_the_same_half_precision(family: str, dtype: str, tmp_path: Path) -> None:
+    """The last two keep parts of their routers in fp32 whatever the type is."""
+    folder, kind = save_family(tmp_path, family), getattr(torch, dtype)
     with torch.inference_mode():
         whole = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=kind).eval()
         expected = whole(use_cache=False, **ragged()).logits
@@ -170,6 +171,19 @@ def test_a_sharded_checkpoint_gives_the_same_logits(tmp_path: Path) -> None:
     assert len(Checkpoint.open(tmp_path / "many").files) > 2
 
     assert same_bits(streamed_logits(opened(tmp_path / "many"), ragged()), expected)
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "GraniteMoe", "Qwen3Moe"])
+def test_names_as_in_memory_are_read_as_well(family: str, tmp_path: Path) -> None:
+    """`save_pretrained` can write experts fused, under the names that they have in memory."""
+    folder = save_family(tmp_path / "original", family)
+    model = open_model(folder)
+    model.save_pretrained(tmp_path / "memory", save_original_format=False)
+    assert set(Checkpoint.open(tmp_path / "memory").tensors) <= set(model.state_dict())
+
+    found = streamed_logits(opened(tmp_path / "memory"), ragged())
+
+    assert same_bits(found, streamed_logits(opened(folder), ragged()))
 
 
 # Memory -------------------------------------------------------------------------------------------

@@ -154,6 +154,20 @@ def test_layers_behind_the_last_sparse_one_are_not_read(tmp_path: Path, reads: l
     assert reads == [0, 1]
 
 
+@pytest.mark.parametrize("kept", [0, 400])
+def test_arguments_that_are_not_kept_are_made_again(
+    kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    own = StreamedModel.calls
+    monkeypatch.setattr(StreamedModel, "calls", lambda s, **i: made.append(1) or own(s, **i))
+    monkeypatch.setattr(streaming, "KEPT_ARGUMENT_BYTES", kept)
+    (unit,) = units_of(tmp_path, "mixtral", shards=1, batch_size=1)
+
+    assert run(streamed([unit])) == run([unit])
+    assert len(made) > 8  # batches
+
+
 # What it leaves -----------------------------------------------------------------------------------
 
 
