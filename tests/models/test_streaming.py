@@ -164,6 +164,22 @@ def test_half_precision_is_the_same_half_precision(family: str, dtype: str, tmp_
     assert same_bits(found, expected)
 
 
+@pytest.mark.parametrize("family", ["DeepseekV3", "Ernie4_5_Moe"])
+def test_every_tensor_of_a_layer_has_the_type_and_bits_of_the_whole_models(
+    family: str, tmp_path: Path
+) -> None:
+    folder = save_family(tmp_path, family)
+    whole = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    expected = whole.model.layers[2].state_dict()
+    assert {tensor.dtype for tensor in expected.values()} == {torch.bfloat16, torch.float32}
+
+    with opened(folder, "bfloat16").layer(2) as layer:
+        found = layer.state_dict()
+
+    assert found.keys() == expected.keys()
+    assert all(same_bits(found[name], expected[name]) for name in expected)
+
+
 def test_a_sharded_checkpoint_gives_the_same_logits(tmp_path: Path) -> None:
     folder = save_family(tmp_path / "one", "Mixtral")
     expected = streamed_logits(opened(folder), ragged())
