@@ -1,9 +1,8 @@
 """A causal LM of which one decoder layer is in memory at a time.
 
-Source of the idea: layer-wise offloading, as in ZeRO-Infinity (Rajbhandari et al., 2021), without
-its engine. Every number comes from the family's own code: the model's forward runs with its layers
-replaced by stubs, which yields the arguments (masks, rotary embeddings, positions) of each layer;
-layers then run one by one on stored hidden states.
+Every number comes from the family's own code: the model's forward runs with its layers replaced by
+stubs, which yields the arguments (masks, rotary embeddings, positions) of each layer; layers then
+run one by one on hidden states that the caller keeps.
 """
 
 from __future__ import annotations
