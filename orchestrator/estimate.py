@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from models.families import layer_of
 from orchestrator.preflight import Prepared, expected_layouts
+from stages.calibrate.config import Engine
+from stages.calibrate.streaming import KEPT_ARGUMENT_BYTES
 from stages.export.layout import FileLayout
 
 # Resident memory of a worker that has imported torch and transformers and done nothing yet.
@@ -24,11 +27,24 @@ def corpus(run: Prepared) -> int:
     return PROCESS_BYTES + 64 * tokens
 
 
-def calibrate(run: Prepared) -> int:
-    """The model, the sums of all domains, and one observed batch."""
+def calibrate(run: Prepared, engine: Engine) -> int:
+    """The model or a layer of it, the sums of all domains, and one observed batch."""
     config = run.config.calibrate
+    weights = _model_bytes(run, config.dtype)
+    if engine == "streaming":
+        weights = _streamed_bytes(run, config.dtype)
     sums = len(config.data.sources) * statistics_bytes(run)
-    return PROCESS_BYTES + _model_bytes(run, config.dtype) + sums + _activations(run)
+    return PROCESS_BYTES + weights + sums + _activations(run)
+
+
+def hidden_bytes(run: Prepared) -> int:
+    """Hidden states of one shard, on disk while a worker streams it; padding not counted."""
+    config, moe = run.config.calibrate, run.moe
+    width = {"auto": 0, "float32": 4}.get(config.dtype, 2)
+    width = width or -(-moe.checkpoint.nbytes // moe.checkpoint.parameters)
+    return (
+        -(-config.data.tokens // config.shards) * int(moe.checkpoint.config["hidden_size"]) * width
+    )
 
 
 def transform(run: Prepared) -> int:
@@ -61,11 +77,32 @@ def statistics_bytes(run: Prepared) -> int:
     return 8 * (8 + 3 * experts) * experts * len(run.moe.layers)
 
 
+def human(count: float) -> str:
+    """`1.4 GB`; decimal units, as disks are sold."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
 def _model_bytes(run: Prepared, dtype: str) -> int:
     """Bytes of the resident model in the type that it runs in."""
     width = {"auto": 0, "float32": 4}.get(dtype, 2)
     checkpoint = run.moe.checkpoint
     return checkpoint.parameters * width if width else checkpoint.nbytes
+
+
+def _streamed_bytes(run: Prepared, dtype: str) -> int:
+    """All outside the layers, the largest layer as it is read and as it is run, and arguments."""
+    by_layer: dict[int | None, int] = {None: 0}
+    for info in run.moe.checkpoint.tensors.values():
+        layer = layer_of(info.name)
+        by_layer[layer] = by_layer.get(layer, 0) + info.nbytes
+    rest = by_layer.pop(None)
+    largest = max(by_layer.values())
+    wider = _model_bytes(run, dtype) / run.moe.checkpoint.nbytes
+    return int((rest + largest) * wider) + largest + KEPT_ARGUMENT_BYTES
 
 
 def _activations(run: Prepared) -> int:

@@ -9,6 +9,7 @@ from models.atomic import text_digest
 from orchestrator.preflight import Prepared, Variant
 from orchestrator.run_folder import MAIN
 from stages.calibrate import stage as calibrate
+from stages.calibrate.config import Engine
 from stages.corpus.stage import CorpusUnit, count_blocks, data_digest, tokenizer_digest
 from stages.evaluate.stage import ORIGINAL, EvaluateUnit
 from stages.export.formats import FORMATS
@@ -38,7 +39,7 @@ def corpus_units(run: Prepared) -> list[CorpusUnit]:
     return units
 
 
-def calibrate_units(run: Prepared) -> list[calibrate.ShardUnit]:
+def calibrate_units(run: Prepared, engine: Engine) -> list[calibrate.ShardUnit]:
     """Shards of the calibration text, once it is tokenised."""
     if run.config.calibrate.statistics is not None:
         return []
@@ -57,6 +58,7 @@ def calibrate_units(run: Prepared) -> list[calibrate.ShardUnit]:
         num_experts=run.moe.num_experts,
         folder=run.folder.shards,
         inputs=inputs,
+        engine=engine,
     )
 
 

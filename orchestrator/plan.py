@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from orchestrator import estimate, pipeline
+from orchestrator import engine, estimate, pipeline
+from orchestrator.estimate import human
 from orchestrator.preflight import Prepared, disk_bytes, expected_layouts
 from stages.transform.stage import file_name
 from stages.unit import Unit, beside, read_marker
@@ -46,21 +47,20 @@ def summary(run: Prepared) -> str:
     """Sizes before and after, and what is needed on disk."""
     layouts = expected_layouts(run.variants[0], run.moe)
     before, after = run.moe.checkpoint.file_bytes, sum(each.file_bytes for each in layouts)
+    disk = disk_bytes(run)
+    text = ""
+    if run.config.calibrate.statistics is None:
+        choice = engine.choose(run)
+        text = f"\ncalibrate: {choice.engine} engine: {choice.why}"
+        if choice.engine == "streaming":
+            # Hidden states are gone before the first output file is written.
+            disk = max(disk, engine.worker_count(run) * estimate.hidden_bytes(run))
     return (
         f"{run.moe.family.model_type}, {len(run.moe.layers)} MoE layers of {run.moe.num_experts}"
         f" experts, top-{run.moe.top_k}: {human(before)} -> {human(after)}"
-        f" ({after / before:.1%}), exactly {after:,} bytes of weights; {human(disk_bytes(run))} of"
-        " disk at the peak"
+        f" ({after / before:.1%}), exactly {after:,} bytes of weights; {human(disk)} of"
+        f" disk at the peak{text}"
     )
-
-
-def human(count: float) -> str:
-    """`1.4 GB`; decimal units, as disks are sold."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
 
 
 def _verify(run: Prepared) -> Row:
@@ -83,8 +83,12 @@ def _calibrate(run: Prepared) -> Row:
     shards = 0 if config.statistics is not None else config.shards
     finished = len(list(run.folder.shards.glob("*.arrow.json")))
     written = estimate.statistics_bytes(run) * (shards + len(config.data.sources))
-    peak = estimate.calibrate(run) if shards else 0
-    read = moe.checkpoint.nbytes if shards else 0
+    if not shards:
+        return Row("calibrate", 0, 0, 0, written, 0)
+    choice = engine.choose(run)
+    # A resident worker reads the model once, a streaming one for every shard.
+    times = shards if choice.engine == "streaming" else min(engine.worker_count(run), shards)
+    read, peak = moe.checkpoint.nbytes * times, choice.worker_bytes
     return Row("calibrate", shards, min(finished, shards), read, written, peak)
 
 

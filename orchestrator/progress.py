@@ -74,7 +74,7 @@ class Bars:
             )
         elif kind == "unit_done" and self._task is not None:
             self._progress.update(self._task, advance=1, rate=throughput(event))
-        if kind in ("warning", "resuming"):
+        if kind in ("warning", "resuming", "engine"):
             self._progress.console.print(describe(event), highlight=False, markup=False)
 
 
@@ -92,6 +92,8 @@ def describe(event: Event) -> str:
             return f"{stage}: {event['done']}/{event['units']} {speed}{left}"
         case "stage_done":
             return f"{stage}: done in {event['seconds']:.1f} s"
+        case "engine":
+            return f"{stage}: {event['engine']} engine: {event['why']}"
         case "warning":
             return f"warning: {event['message']}"
     return ""

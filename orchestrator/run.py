@@ -14,7 +14,7 @@ import yaml
 
 from models.arrow import read_table, write_table
 from models.atomic import file_digest, write_bytes, write_json
-from orchestrator import estimate, pipeline, run_folder
+from orchestrator import engine, estimate, pipeline, run_folder
 from orchestrator.events import EventLog, Listener
 from orchestrator.lock import exclusive
 from orchestrator.preflight import Prepared, Variant
@@ -58,7 +58,7 @@ def run(prepared: Prepared, listeners: Sequence[Listener] = ()) -> Path:
     """Runs whatever is not done yet; returns the folder of the report."""
     folder = prepared.folder
     with _started(prepared, listeners) as (events, scheduler):
-        statistics = _observe(prepared, scheduler)
+        statistics = _observe(prepared, scheduler, events)
         decided = _decide(prepared, scheduler, statistics, events)
         _write_models(prepared, scheduler, decided)
         measured = _measure(prepared, scheduler, decided)
@@ -85,7 +85,7 @@ def run(prepared: Prepared, listeners: Sequence[Listener] = ()) -> Path:
 def observe(prepared: Prepared, listeners: Sequence[Listener] = ()) -> Path:
     """The first half of a run: the statistics table, for this run and any later one."""
     with _started(prepared, listeners) as (events, scheduler):
-        statistics = layers_of(_observe(prepared, scheduler))
+        statistics = layers_of(_observe(prepared, scheduler, events))
     for message in group.warnings(statistics):
         events.emit("warning", message=message)
     events.emit("observed", statistics=str(prepared.folder.statistics))
@@ -105,7 +105,7 @@ def _started(
         yield events, Scheduler(executor, events, config.gpus_per_worker)
 
 
-def _observe(prepared: Prepared, scheduler: Scheduler) -> pa.Table:
+def _observe(prepared: Prepared, scheduler: Scheduler, events: EventLog) -> pa.Table:
     """Verify, tokenise, calibrate: the statistics table, on disk and in hand."""
     config, folder = prepared.config, prepared.folder
     if config.model.verify == "full":
@@ -116,9 +116,10 @@ def _observe(prepared: Prepared, scheduler: Scheduler) -> pa.Table:
     if config.calibrate.statistics is not None:
         table = read_statistics(config.calibrate.statistics)
     else:
-        shards = pipeline.calibrate_units(prepared)
-        memory = estimate.calibrate(prepared)
-        scheduler.run_model("calibrate", shards, calibrate.make_worker, memory)
+        choice = engine.choose(prepared)
+        events.emit("engine", stage="calibrate", engine=choice.engine, why=choice.why)
+        shards = pipeline.calibrate_units(prepared, choice.engine)
+        scheduler.run_model("calibrate", shards, calibrate.make_worker, choice.worker_bytes)
         table = calibrate.reduce(shards)
     return _settle(folder.statistics, table)
 

@@ -132,7 +132,8 @@ def check(folder: RunFolder, config: RunConfig, model: str) -> bool:
 
 def settled(config: RunConfig) -> dict[str, Any]:
     """The part of a config that decides results; where and how fast units run is not in it."""
-    free: dict[str, Any] = {"run_dir": True, "executor": True}
+    engine = {"engine", "memory_bytes"}
+    free: dict[str, Any] = {"run_dir": True, "executor": True, "calibrate": engine}
     values: dict[str, Any] = config.model_dump(mode="json", exclude=free)
     return values | {"threads_per_unit": config.executor.threads_per_unit}
 

@@ -9,8 +9,8 @@ from typing import Any
 from rich.table import Table
 
 from orchestrator.errors import RunFolderError
+from orchestrator.estimate import human
 from orchestrator.events import read_events
-from orchestrator.plan import human
 from orchestrator.progress import STAGES
 from orchestrator.run_folder import RunFolder
 

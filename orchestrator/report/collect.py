@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -67,6 +68,7 @@ def collect(found: Collected) -> dict[str, Any]:
         **_layers(found),
         "warnings": warnings(layers_of(found.statistics)),
         "tokens": _tokens(found),
+        "calibrate": _engines(found),
         "routing": _routing(found.statistics),
         **_quality(found.measured),
         "baseline_bytes": dict(found.baseline_bytes),
@@ -124,6 +126,12 @@ def _tokens(found: Collected) -> dict[str, int]:
     if found.prepared.config.evaluate is not None:
         counts["evaluation"] = count_tokens(found.prepared.folder.evaluation_tokens)
     return counts
+
+
+def _engines(found: Collected) -> dict[str, dict[str, int]]:
+    """Shards by the engine that observed them; a run may be finished by the other one."""
+    results = [done.result for done in found.done.get("calibrate", ())]
+    return {"engines": dict(sorted(Counter(r.get("engine", "resident") for r in results).items()))}
 
 
 def _routing(table: pa.Table) -> dict[str, dict[str, list[float]]]:

@@ -12,6 +12,8 @@ from stages.settings import Settings
 
 VERSION = 1
 
+Engine = Literal["resident", "streaming"]
+
 
 class CalibrateConfig(Settings):
     """What is observed, and in how many independent shards."""
@@ -21,5 +23,11 @@ class CalibrateConfig(Settings):
     shards: int = Field(default=8, gt=0)
     batch_size: int = Field(default=8, gt=0)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    # resident: a worker holds the whole model. streaming: one decoder layer at a time, any depth.
+    # Statistics are the same, bit for bit; auto: resident wherever it fits.
+    engine: Literal["resident", "streaming", "auto"] = "auto"
+    # Memory of one worker that `auto` fits the model into. None: free memory of the host that
+    # starts the run / workers, or the memory of one of its GPUs.
+    memory_bytes: int | None = Field(default=None, gt=0)
     # Decide again on what another run observed: its statistics.arrow. `data` is then not read.
     statistics: Path | None = None

@@ -6,8 +6,8 @@ sigmoid, biased or group-limited routers are counted as they route. Padding neve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,31 +89,39 @@ class Observer:
     def __init__(self, model: nn.Module) -> None:
         self._blocks = moe_blocks(model)
 
-    @contextmanager
-    def observe(self, mask: Tensor) -> Iterator[dict[int, Routed]]:
+    def observe(self, mask: Tensor) -> AbstractContextManager[dict[int, Routed]]:
         """Within the context one forward pass records layer -> `Routed` of unmasked tokens.
 
         Args:
             mask: `[B, S]` bool, False for padding.
         """
-        seen: dict[int, Routed] = {}
-        keep = mask.reshape(-1)
-        undo = [_watch(block, layer, keep, seen) for layer, block in self._blocks.items()]
-        try:
-            yield seen
-        finally:
-            for each in undo:
-                each()
+        return watching(self._blocks, mask)
+
+
+@contextmanager
+def watching(blocks: Mapping[int, nn.Module], mask: Tensor) -> Iterator[dict[int, Routed]]:
+    """`Observer.observe` for some blocks by their layer: all of a model, or the one in memory."""
+    seen: dict[int, Routed] = {}
+    keep = mask.reshape(-1)
+    undo = [_watch(block, layer, keep, seen) for layer, block in blocks.items()]
+    try:
+        yield seen
+    finally:
+        for each in undo:
+            each()
 
 
 def moe_blocks(model: nn.Module) -> dict[int, nn.Module]:
-    """Decoder layer -> its MoE block: the module that has both `gate` and `experts`."""
-    found: dict[int, nn.Module] = {}
-    for index, layer in enumerate(model.get_submodule("model.layers").children()):
-        for module in layer.modules():
-            if hasattr(module, "gate") and hasattr(module, "experts"):
-                found[index] = module
-    return found
+    """Decoder layer -> its MoE block."""
+    layers = enumerate(model.get_submodule("model.layers").children())
+    found = {index: moe_block(layer) for index, layer in layers}
+    return {index: block for index, block in found.items() if block is not None}
+
+
+def moe_block(layer: nn.Module) -> nn.Module | None:
+    """The module of a decoder layer that has both `gate` and `experts`; None in a dense layer."""
+    blocks = [m for m in layer.modules() if hasattr(m, "gate") and hasattr(m, "experts")]
+    return blocks[-1] if blocks else None
 
 
 def _watch(block: nn.Module, layer: int, keep: Tensor, seen: dict[int, Routed]) -> _Undo:

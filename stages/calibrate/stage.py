@@ -12,9 +12,11 @@ import pyarrow as pa
 import torch
 
 from models.arrow import write_table
-from stages.calibrate.config import VERSION, CalibrateConfig
-from stages.calibrate.observer import Observer, Sums, add, empty_sums, layer_sums
-from stages.calibrate.statistics import Key, add_tables, read_statistics, to_table
+from models.streaming.model import open_streamed
+from stages.calibrate import streaming
+from stages.calibrate.config import VERSION, CalibrateConfig, Engine
+from stages.calibrate.observer import Observer, Sums
+from stages.calibrate.statistics import Key, accumulate, add_tables, read_statistics, to_table
 from stages.corpus.blocks import Block
 from stages.corpus.stage import read_blocks
 from stages.model import batch_of, load_model, pad_id
@@ -36,6 +38,8 @@ class ShardUnit(OneFile):
     output: Path
     # Parts of the fingerprint that the shard cannot know: model, tokenizer and corpus digests.
     inputs: tuple[tuple[str, str], ...]
+    # Not in the fingerprint: both engines give the same bytes, so either finishes a shard.
+    engine: Engine = "resident"
 
     @property
     def name(self) -> str:
@@ -61,6 +65,7 @@ def plan(
     num_experts: int,
     folder: Path,
     inputs: dict[str, str],
+    engine: Engine = "resident",
 ) -> list[ShardUnit]:
     """Cuts the corpus into ranges of nearly equal size, whole batches where that is possible."""
     batches = -(-blocks // config.batch_size)
@@ -78,34 +83,50 @@ def plan(
             batch_size=config.batch_size,
             output=folder / f"shard-{index:05d}.arrow",
             inputs=tuple(sorted(inputs.items())),
+            engine=engine,
         )
         for index, (start, stop) in enumerate(pairwise(edges))
     ]
 
 
 class Replica:
-    """One resident copy of the model, loaded when the first unfinished shard arrives."""
+    """One copy of the model, whole or streamed, opened when the first unfinished shard arrives."""
 
     def __init__(self) -> None:
-        self._loaded: tuple[tuple[Path, str], Any] | None = None
+        self._loaded: tuple[tuple[Path, str, Engine], Any] | None = None
 
     def run_one(self, unit: ShardUnit) -> dict[str, Any]:
         """Observes one shard and writes its table."""
-        model = self._model(unit)
-        sums: dict[Key, Sums] = {}
-        tokens = 0
-        for batch in batches(read_blocks(unit.corpus, unit.start, unit.stop), unit.batch_size):
-            observe_batch(model, batch, unit.num_experts, sums)
-            tokens += sum(len(block.tokens) for block in batch)
-        table = to_table(sums, unit.num_experts, dict(unit.inputs))
-        write_table(unit.output, table)
-        return {"tokens": tokens, "blocks": unit.stop - unit.start}
+        found = list(batches(read_blocks(unit.corpus, unit.start, unit.stop), unit.batch_size))
+        streaming.remove_stale(unit.output)
+        observe = _observe_streamed if unit.engine == "streaming" else _observe_resident
+        sums = observe(self._model(unit), found, unit)
+        write_table(unit.output, to_table(sums, unit.num_experts, dict(unit.inputs)))
+        tokens = sum(len(block.tokens) for batch in found for block in batch)
+        return {"tokens": tokens, "blocks": unit.stop - unit.start, "engine": unit.engine}
 
     def _model(self, unit: ShardUnit) -> Any:
-        key = (unit.model, unit.dtype)
+        key = (unit.model, unit.dtype, unit.engine)
         if self._loaded is None or self._loaded[0] != key:
-            self._loaded = (key, load_model(unit.model, unit.dtype))
+            self._loaded = None  # the old one is let go before the new one takes its place
+            load = open_streamed if unit.engine == "streaming" else load_model
+            self._loaded = (key, load(unit.model, unit.dtype))
         return self._loaded[1]
+
+
+def _observe_resident(
+    model: Any, found: Sequence[Sequence[Block]], unit: ShardUnit
+) -> dict[Key, Sums]:
+    sums: dict[Key, Sums] = {}
+    for batch in found:
+        observe_batch(model, batch, unit.num_experts, sums)
+    return sums
+
+
+def _observe_streamed(
+    model: Any, found: Sequence[Sequence[Block]], unit: ShardUnit
+) -> dict[Key, Sums]:
+    return streaming.observe(model, found, unit.num_experts, unit.output)
 
 
 def reduce(units: Sequence[ShardUnit]) -> pa.Table:
@@ -136,9 +157,7 @@ def observe_batch(
     ids, mask = batch_of([block.tokens for block in batch], pad_id(model), model.device)
     with Observer(model).observe(mask) as seen:
         model.model(input_ids=ids, attention_mask=mask, use_cache=False)
-    for layer, routed in seen.items():
-        key = (batch[0].domain, layer)
-        add(sums.setdefault(key, empty_sums(num_experts)), layer_sums(routed, num_experts))
+    accumulate(sums, batch[0].domain, seen, num_experts)
 
 
 def make_worker() -> Callable[[ShardUnit], Any]:

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from orchestrator import preflight
+from orchestrator.estimate import human
 from orchestrator.load import load
-from orchestrator.plan import Row, human, rows, summary
+from orchestrator.plan import Row, rows, summary
 from orchestrator.preflight import Prepared, prepare
 from orchestrator.run_folder import MAIN
 from tests.orchestrator.tiny_run import Command, Inputs, snapshot

@@ -94,6 +94,18 @@ def test_a_killed_local_run_is_finished_with_identical_bytes(
 
 
 @pytest.mark.slow
+def test_a_run_killed_while_it_streams_is_finished_by_the_other_engine(
+    tmp_path: Path, uninterrupted: Path
+) -> None:
+    run_dir, hidden = tmp_path / "run", "calibration/shards/.shard-00001.*/batch-00000"
+    kill_when(run_dir, hidden, "executor.kind=local", "calibrate.engine=streaming")
+    done = finish(run_dir, "executor.kind=local", "calibrate.engine=resident")
+    assert done.returncode == 0, done.stderr
+    assert bytes_of(run_dir) == bytes_of(uninterrupted)
+    assert not list(run_dir.rglob("*.tmp"))
+
+
+@pytest.mark.slow
 def test_a_run_killed_on_two_ray_workers_is_finished_by_one(
     tmp_path: Path, uninterrupted: Path
 ) -> None:

@@ -159,7 +159,8 @@ def test_statistics_are_kept_by_domain(
     for (domain, _), sums in found.items():
         assert sums["tokens"].tolist() == [sum(LENGTHS[domain])] * EXPERTS
         assert sums["selected"].sum() == sum(LENGTHS[domain]) * TOP_K
-    assert result == {"tokens": sum(map(sum, LENGTHS.values())), "blocks": len(BLOCKS)}
+    tokens = sum(map(sum, LENGTHS.values()))
+    assert result == {"tokens": tokens, "blocks": len(BLOCKS), "engine": "resident"}
 
 
 def test_a_retried_or_repeated_shard_is_counted_once(

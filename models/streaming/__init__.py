@@ -1,0 +1,1 @@
+"""A checkpoint run one decoder layer at a time: depth costs time, not memory."""

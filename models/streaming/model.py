@@ -1,0 +1,267 @@
+"""A causal LM of which one decoder layer is in memory at a time.
+
+Every number comes from the family's own code: the model's forward runs with its layers replaced by
+stubs, which yields the arguments (masks, rotary embeddings, positions) of each layer; layers then
+run one by one on hidden states that the caller keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.checkpoint import FLOAT_BYTES, Checkpoint
+from models.errors import CheckpointError
+from models.streaming.private import Converter
+
+_TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_REST = None
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """How the model calls one of its layers: everything but the hidden states."""
+
+    hidden: Tensor  # [B, S, H] what stood for the hidden states; the embeddings for layer 0
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        """[B, S, H] -> [B, S, H]."""
+        output = layer(hidden, *self.args, **self.kwargs)
+        found: Tensor = output[0] if isinstance(output, tuple) else output
+        return found
+
+    def without_hidden(self) -> LayerCall:
+        """The call with the shape and type of its hidden states only."""
+        return replace(self, hidden=self.hidden.to("meta"))
+
+
+def argument_bytes(calls: Sequence[LayerCall]) -> int:
+    """Memory of everything that the calls hold besides hidden states, shared tensors once."""
+    tensors = (t for call in calls for t in _tensors([call.args, call.kwargs]))
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return sum({each.data_ptr(): each.nbytes() for each in storages}.values())
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _tensors(each)
+
+
+class StreamedModel:
+    """Embeddings, final norm and head are resident; decoder layers come and go.
+
+    Args:
+        checkpoint: the folder; its safetensors are read through transformers' own conversion.
+        dtype: `auto` (as stored), `float32`, `bfloat16` or `float16`, as in `from_pretrained`.
+        device: where the resident part and the current layer live.
+
+    Raises:
+        CheckpointError: a tensor is unexpected, missing or of another shape; the family has no
+            plain list of decoder layers.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, dtype: str = "auto", device: str | torch.device = "cpu"
+    ) -> None:
+        self._checkpoint = checkpoint
+        self.device = torch.device(device)
+        self.model, self.dtype = _build(checkpoint, dtype)
+        self._prefix, self.layers = _decoder_layers(self.model)
+        self._converter = Converter(self.model, self.dtype, self.device)
+        self._names = self._group_names()
+        self._load_rest()
+
+    @property
+    def config(self) -> Any:
+        """The model's config."""
+        return self.model.config
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        """Within the context a decoder layer is in memory."""
+        layer = self.layers[index]
+        try:
+            wrong, _ = self._read(self._names.get(index, ()))
+            self._refuse(wrong, layer, f"{self._prefix}.{index}")
+            yield layer
+        finally:
+            layer.to("meta")
+
+    @torch.inference_mode()
+    def calls(self, **inputs: Any) -> list[LayerCall]:
+        """What the model passes to each of its layers for these inputs (`[B, S]` ids and mask)."""
+        found: list[LayerCall] = []
+
+        def stub(_: int, *args: Any, **kwargs: Any) -> Tensor:
+            found.append(_as_call(args, dict(kwargs)))
+            return found[-1].hidden
+
+        with self._stubs(stub):
+            self.model.base_model(use_cache=False, **inputs)
+        if len(found) != len(self.layers):
+            raise CheckpointError(
+                f"{self.config.model_type} calls {len(found)} of its {len(self.layers)} layers",
+                "set `calibrate.engine=resident`: this family cannot be streamed",
+            )
+        return found
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor, **inputs: Any) -> Tensor:
+        """[B, S, V]: the model's own final norm and head on what its last layer gave."""
+
+        def stub(index: int, *args: Any, **kwargs: Any) -> Tensor:
+            last = index == len(self.layers) - 1
+            return hidden if last else _as_call(args, dict(kwargs)).hidden
+
+        with self._stubs(stub):
+            found: Tensor = self.model(use_cache=False, **inputs).logits
+        return found
+
+    @contextmanager
+    def _stubs(self, stub: Callable[..., Tensor]) -> Iterator[None]:
+        """Layers keep what the model may ask them for (types, indices), only they do not run."""
+        for index, layer in enumerate(self.layers):
+            layer.forward = partial(stub, index)
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                del layer.forward  # the class's own method shows again
+
+    def _group_names(self) -> dict[int | None, list[str]]:
+        """Decoder layer -> names on disk; None: everything else, unknown names included."""
+        groups: dict[int | None, list[str]] = {_REST: []}
+        start = f"{self._prefix}."
+        for name in self._checkpoint.tensors:
+            memory = self._converter.memory_name(name) or ""
+            number = memory.removeprefix(start).partition(".")[0]
+            is_layer = memory.startswith(start) and number.isdigit()
+            groups.setdefault(int(number) if is_layer else _REST, []).append(name)
+        return groups
+
+    def _load_rest(self) -> None:
+        wrong, missing = self._read(self._names[_REST])
+        self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
+        # Layers are set aside, so that only what stays is looked at.
+        with _without_layers(self.model, self._prefix):
+            self._refuse(wrong, self.model, "")
+
+    def _read(self, names: Sequence[str]) -> tuple[list[str], set[str]]:
+        """Loads tensors; the files are closed again, so that their pages can be given back."""
+        from safetensors import SafetensorError, safe_open
+
+        folder, infos = self._checkpoint.folder, [self._checkpoint.tensors[n] for n in names]
+        try:
+            with ExitStack() as stack:
+                files = {
+                    file: stack.enter_context(safe_open(folder / file, framework="pt"))
+                    for file in sorted({info.file for info in infos})
+                }
+                return self._converter.load(
+                    {i.name: files[i.file].get_slice(i.name) for i in infos}
+                )
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"cannot read {folder}: {error}") from error
+
+    def _refuse(self, wrong: Sequence[str], module: nn.Module, prefix: str) -> None:
+        """Nothing runs on a tensor that is not there or not what config.json promises."""
+        unset = [f"buffer {name} is not set" for name in self._converter.restore_buffers(module)]
+        tensors = chain(module.named_parameters(prefix), module.named_buffers(prefix))
+        lost = [f"tensor {name} is missing" for name, tensor in tensors if tensor.is_meta]
+        problems = [*wrong, *lost, *unset]
+        if problems:
+            raise CheckpointError(
+                f"{self._checkpoint.folder}: {len(problems)} tensor(s) do not fit, first:"
+                f" {problems[0]}",
+                "download the checkpoint again, or correct config.json",
+            )
+
+
+def _build(checkpoint: Checkpoint, dtype: str) -> tuple[Any, torch.dtype]:
+    """The model without memory, in the type it will run in. Code in the folder is never run."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(
+            checkpoint.folder, local_files_only=True, trust_remote_code=False
+        )
+        kind = _type_of(checkpoint, config) if dtype == "auto" else getattr(torch, dtype)
+        # The logits of routers are read where they are made; collecting them again needs layers.
+        if hasattr(config, "output_router_logits"):
+            config.output_router_logits = False
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=kind, trust_remote_code=False)
+    except Exception as error:  # whatever a value of the wrong kind leads to inside transformers
+        raise CheckpointError(
+            f"{checkpoint.folder / 'config.json'} makes no model: {' '.join(str(error).split())}",
+            "download config.json again",
+        ) from error
+    return model.eval(), kind
+
+
+def _type_of(checkpoint: Checkpoint, config: Any) -> torch.dtype:
+    """As `from_pretrained(dtype="auto")`: what config.json says, else the first weights' type."""
+    if isinstance(config.dtype, torch.dtype):
+        return config.dtype
+    first = next(info for info in checkpoint.tensors.values() if info.dtype in FLOAT_BYTES)
+    kind: torch.dtype = getattr(torch, _TYPES[first.dtype])
+    return kind
+
+
+def _decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
+    """Path and modules of the one list that is as long as the config says the model is deep."""
+    depth, base = model.config.num_hidden_layers, model.base_model
+    found = [
+        (name, each)
+        for name, each in base.named_children()
+        if isinstance(each, nn.ModuleList) and len(each) == depth
+    ]
+    if len(found) != 1:
+        raise CheckpointError(
+            f"{model.config.model_type} has {len(found)} lists of {depth} decoder layers",
+            "set `calibrate.engine=resident`: this family cannot be streamed",
+        )
+    name, layers = found[0]
+    return f"{model.base_model_prefix}.{name}", layers
+
+
+@contextmanager
+def _without_layers(model: Any, path: str) -> Iterator[None]:
+    parent, _, name = path.rpartition(".")
+    owner = model.get_submodule(parent)
+    layers = getattr(owner, name)
+    setattr(owner, name, nn.ModuleList())
+    try:
+        yield
+    finally:
+        setattr(owner, name, layers)
+
+
+def _as_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerCall:
+    if args:
+        return LayerCall(args[0], args[1:], kwargs)
+    return LayerCall(kwargs.pop("hidden_states"), (), kwargs)
+
+
+def open_streamed(folder: Path, dtype: str) -> StreamedModel:
+    """A streamed causal LM on this worker's device."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    # Links were looked at when the run was prepared.
+    return StreamedModel(Checkpoint.open(folder, allow_links=True), dtype, device)

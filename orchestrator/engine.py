@@ -1,0 +1,91 @@
+"""Which engine calibrates: the whole model in every worker, or one decoder layer at a time."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestrator import estimate
+from orchestrator.estimate import human
+from orchestrator.preflight import Prepared
+from stages.calibrate.config import Engine
+
+_CGROUP = Path("/sys/fs/cgroup")
+_MEMINFO = Path("/proc/meminfo")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An engine, the reason in words, and the memory of one of its workers."""
+
+    engine: Engine
+    why: str
+    worker_bytes: int
+
+
+def choose(run: Prepared) -> Choice:
+    """What the config says; `auto`: resident wherever a worker can hold the model.
+
+    Results do not depend on it, so a run may be resumed where the choice is another one.
+    """
+    asked = run.config.calibrate.engine
+    if asked != "auto":
+        return Choice(asked, f"calibrate.engine={asked}", estimate.calibrate(run, asked))
+    needed = estimate.calibrate(run, "resident")
+    budget, source = worker_budget(run)
+    engine: Engine = "resident" if needed <= budget else "streaming"
+    fits = "fits" if needed <= budget else "does not fit"
+    why = (
+        f"a worker with the whole model needs about {human(needed)}, which {fits} into"
+        f" {human(budget)} ({source})"
+    )
+    return Choice(engine, why, estimate.calibrate(run, engine))
+
+
+def worker_budget(run: Prepared) -> tuple[int, str]:
+    """Memory that one worker may use, and where the number comes from."""
+    config = run.config.calibrate
+    if config.memory_bytes is not None:
+        return config.memory_bytes, "calibrate.memory_bytes"
+    on_gpu = gpu_memory() if run.config.executor.gpus_per_worker else None
+    if on_gpu is not None:
+        return on_gpu, "the memory of a GPU"
+    free, workers = available_memory(), worker_count(run)
+    shared = f" / {workers} workers" if workers > 1 else ""
+    return free // workers, f"{human(free)} of free memory{shared}"
+
+
+def worker_count(run: Prepared) -> int:
+    """Workers that hold a model at the same time; never more than there are shards."""
+    executor = run.config.executor
+    if executor.kind == "local":
+        return 1
+    return min(executor.workers or os.cpu_count() or 1, run.config.calibrate.shards)
+
+
+def gpu_memory() -> int | None:
+    """Bytes of the first GPU of this host, on one of which a worker's model lies; None: no GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    return int(torch.cuda.get_device_properties(0).total_memory)
+
+
+def available_memory() -> int:
+    """Free bytes of this host, or of the container that it runs in."""
+    with suppress(OSError, ValueError, StopIteration):
+        lines = _MEMINFO.read_text().splitlines()
+        free = int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) << 10
+        return min(free, _container_memory(free))
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _container_memory(otherwise: int) -> int:
+    """What the limit of a container (cgroup v2) leaves; there may be none."""
+    with suppress(OSError, ValueError):
+        limit = int((_CGROUP / "memory.max").read_text())
+        return max(limit - int((_CGROUP / "memory.current").read_text()), 0)
+    return otherwise

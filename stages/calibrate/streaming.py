@@ -1,0 +1,125 @@
+"""Observes a shard layer by layer: each layer is read once and sees all batches of the shard.
+
+Between layers the hidden states of the shard lie in memory-mapped files beside its output. Every
+(domain, layer) sum is added up in the order of the batches, as with the whole model in memory, so
+that the sums are the same to the last bit.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from models.atomic import reporting_full_disk
+from models.streaming.model import LayerCall, StreamedModel, argument_bytes
+from stages.calibrate.observer import Routed, Sums, moe_block, watching
+from stages.calibrate.statistics import Key, accumulate
+from stages.corpus.blocks import Block
+from stages.model import batch_of, pad_id
+
+_Arguments = tuple[Tensor, list[LayerCall]]  # [B, S] mask; one call per layer
+# Masks and rotary embeddings of a shard are kept up to this size, and made again beyond it.
+KEPT_ARGUMENT_BYTES = 64 << 20
+_SUFFIX = ".hidden.tmp"
+
+
+@torch.inference_mode()
+def observe(
+    model: StreamedModel, batches: Sequence[Sequence[Block]], num_experts: int, output: Path
+) -> dict[Key, Sums]:
+    """(domain, layer) -> sums of the shard that will become `output`.
+
+    Raises:
+        CheckpointError: a layer cannot be read. DiskFull: no room for the hidden states.
+    """
+    sums: dict[Key, Sums] = {}
+    sparse = [i for i, layer in enumerate(model.layers) if moe_block(layer) is not None]
+    with _scratch(output) as folder:
+        shard = _Shard(model, batches, folder)
+        # Nothing is observed behind the last sparse layer.
+        for index in range(max(sparse, default=-1) + 1):
+            with model.layer(index) as layer:
+                for number, batch in enumerate(batches):
+                    seen = shard.advance(number, layer, index)
+                    accumulate(sums, batch[0].domain, seen, num_experts)
+    return sums
+
+
+class _Shard:
+    """The batches of a shard on their way through the layers."""
+
+    def __init__(
+        self, model: StreamedModel, batches: Sequence[Sequence[Block]], folder: Path
+    ) -> None:
+        self._model = model
+        self._batches = batches
+        self._files = [HiddenStates(folder / f"batch-{i:05d}") for i in range(len(batches))]
+        self._kept: dict[int, _Arguments] = {}
+        self._room = KEPT_ARGUMENT_BYTES
+
+    def advance(self, number: int, layer: nn.Module, index: int) -> dict[int, Routed]:
+        """Takes one batch through one layer; what its MoE block did, if it has one."""
+        mask, calls = self._kept.get(number) or self._arguments(number, first=index == 0)
+        file, call, block = self._files[number], calls[index], moe_block(layer)
+        hidden = file.read(call.hidden).to(self._model.device)
+        with watching({} if block is None else {index: block}, mask) as seen:
+            file.write(call.run(layer, hidden))
+        return seen
+
+    def _arguments(self, number: int, *, first: bool) -> _Arguments:
+        """What the model passes to its layers; hidden states are stored `first`, then let go."""
+        model, rows = self._model, [block.tokens for block in self._batches[number]]
+        ids, mask = batch_of(rows, pad_id(model), model.device)
+        calls = model.calls(input_ids=ids, attention_mask=mask)
+        if first:
+            self._files[number].write(calls[0].hidden)
+        found = mask, [call.without_hidden() for call in calls]
+        size = argument_bytes(calls)
+        if size <= self._room:
+            self._room -= size
+            self._kept[number] = found
+        return found
+
+
+class HiddenStates:
+    """The hidden states `[B, S, H]` of one batch in a file, in the type that the model runs in."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def write(self, hidden: Tensor) -> None:
+        """Over what is there. Not through the mapping: a full disk would kill the process."""
+        raw = hidden.contiguous().view(torch.uint8).numpy(force=True)
+        self._path.touch()
+        with reporting_full_disk(self._path), self._path.open("r+b") as file:
+            file.write(raw.data)
+
+    def read(self, like: Tensor) -> Tensor:
+        """`[B, S, H]` on the CPU, of the shape and type of `like`; pages are read when touched."""
+        count, path = like.numel(), str(self._path)
+        mapped = torch.from_file(path, shared=False, size=count, dtype=like.dtype, device="cpu")
+        return mapped.view(like.shape)
+
+
+@contextmanager
+def _scratch(output: Path) -> Iterator[Path]:
+    """A folder beside the output that is gone afterwards."""
+    # The process id: two attempts at one shard never share hidden states.
+    folder = output.with_name(f".{output.name}.{os.getpid()}{_SUFFIX}")
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_stale(output: Path) -> None:
+    """Frees what attempts at this shard left that were killed."""
+    for folder in output.parent.glob(f".{output.name}.*{_SUFFIX}"):
+        shutil.rmtree(folder, ignore_errors=True)
