@@ -25,10 +25,10 @@ def corpus(run: Prepared) -> int:
 
 
 def calibrate(run: Prepared) -> int:
-    """The model, the sums of all domains, and one observed batch."""
+    """The model or a rank's part of it, the sums of all domains, and one observed batch."""
     config = run.config.calibrate
     sums = len(config.data.sources) * statistics_bytes(run)
-    return PROCESS_BYTES + _model_bytes(run, config.dtype) + sums + _activations(run)
+    return PROCESS_BYTES + _resident(run) + sums + _activations(run)
 
 
 def transform(run: Prepared) -> int:
@@ -66,6 +66,18 @@ def _model_bytes(run: Prepared, dtype: str) -> int:
     width = {"auto": 0, "float32": 4}.get(dtype, 2)
     checkpoint = run.moe.checkpoint
     return checkpoint.parameters * width if width else checkpoint.nbytes
+
+
+def _resident(run: Prepared) -> int:
+    """Bytes of the weights that one calibrating process holds at its peak."""
+    whole, ranks = _model_bytes(run, run.config.calibrate.dtype), run.config.executor
+    if ranks.ranks_per_replica == 1:
+        return whole
+    moe = run.moe
+    layers = [moe.num_experts * moe.expert_bytes(layer) for layer in moe.layers]
+    # Its own experts, and for the self-check all experts of one layer.
+    held = sum(layers) // ranks.ranks_per_replica + max(layers)
+    return whole - (sum(layers) - held) * whole // moe.checkpoint.nbytes
 
 
 def _activations(run: Prepared) -> int:

@@ -17,6 +17,7 @@ from models.moe import MoeCheckpoint
 from models.skeleton import check_dense_tensors
 from orchestrator import run_folder
 from orchestrator.config import ModelConfig, RunConfig
+from orchestrator.errors import ConfigError
 from orchestrator.run_folder import MAIN, RunFolder
 from stages.calibrate.statistics import layers_of, metadata_of, read_statistics
 from stages.corpus.config import CorpusConfig
@@ -63,6 +64,7 @@ def prepare(config: RunConfig) -> Prepared:
     """
     moe = MoeCheckpoint.open(resolve_model(config.model), allow_links=config.model.allow_links)
     check_dense_tensors(moe)
+    check_ranks(config.executor.ranks_per_replica, moe)
     for data in _corpora(config):
         for source in data.sources:
             check_source(source)
@@ -105,6 +107,21 @@ def resolve_model(config: ModelConfig) -> Path:
             "download it where there is a network and set `model.path` to the folder",
         ) from error
     return Path(found)
+
+
+def check_ranks(ranks: int, moe: MoeCheckpoint) -> None:
+    """Refuses replicas whose ranks would hold different numbers of experts.
+
+    Raises:
+        ConfigError: with the numbers of ranks that are possible.
+    """
+    experts = moe.num_experts
+    if experts % ranks:
+        possible = [str(count) for count in range(1, experts + 1) if experts % count == 0]
+        raise ConfigError(
+            f"{experts} experts per layer cannot be dealt out evenly to {ranks} ranks",
+            f"set executor.ranks_per_replica to one of {', '.join(possible)}",
+        )
 
 
 def expected_decisions(variant: Variant, moe: MoeCheckpoint) -> list[LayerDecision]:

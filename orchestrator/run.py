@@ -98,7 +98,8 @@ def _observe(prepared: Prepared, scheduler: Scheduler) -> pa.Table:
     else:
         shards = pipeline.calibrate_units(prepared)
         memory = estimate.calibrate(prepared)
-        scheduler.run_model("calibrate", shards, calibrate.make_worker, memory)
+        replicas = pipeline.replicas(prepared)
+        scheduler.run_model("calibrate", shards, calibrate.make_worker, memory, replicas)
         table = calibrate.reduce(shards)
     return _settle(folder.statistics, table)
 
