@@ -241,7 +241,9 @@ def _drive(pool: _Pool, units: Sequence[Any], width: int) -> Iterator[tuple[int,
             running[index] = pool.start(units[index])
         index, error = _next_ended(running)
         refs = running.pop(index)
-        if isinstance(error, _LOST):
+        # The unit's own exception, as it would have been raised in this process.
+        own = error.cause if isinstance(error, failures.RayTaskError) else None
+        if isinstance(own or error, _LOST):
             pool.release(refs, lost=True)
             if attempts[index] > pool.executor.max_retries:
                 raise InfrastructureError(
@@ -251,7 +253,7 @@ def _drive(pool: _Pool, units: Sequence[Any], width: int) -> Iterator[tuple[int,
         elif error is not None:
             # Nobody knows in which state the peers of a failed rank are.
             pool.release(refs, lost=len(refs) > 1)
-            raise error
+            raise own or error from error
         else:
             result = ray.get(refs[0])
             pool.release(refs, lost=False)
@@ -266,10 +268,7 @@ def _next_ended(running: dict[int, list[ray.ObjectRef]]) -> tuple[int, Exception
         index = pending.pop(ref)
         try:
             ray.get(ref)
-        except _LOST as error:
+        except (*_LOST, failures.RayTaskError) as error:
             return index, error
-        except failures.RayTaskError as error:
-            # The unit's own exception, as it would have been raised in this process.
-            return index, error.cause or error
         if index not in pending.values():
             return index, None

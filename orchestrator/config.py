@@ -38,7 +38,7 @@ class ExecutorConfig(Settings):
     address: str = "local"
     # Processes at the same time; None: one per CPU.
     workers: int | None = Field(default=None, gt=0)
-    # GPUs of one worker that runs the model.
+    # GPUs of one process that runs the model.
     gpus_per_worker: int = Field(default=0, ge=0)
     # Part of the arithmetic: sums depend on the number of threads in their last bits.
     threads_per_unit: int = Field(default=1, gt=0)

@@ -7,6 +7,7 @@ import shutil
 from bisect import bisect_right
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -110,11 +111,16 @@ def resolve_model(config: ModelConfig) -> Path:
 
 
 def check_ranks(ranks: int, moe: MoeCheckpoint) -> None:
-    """Refuses replicas whose ranks would hold different numbers of experts.
+    """Refuses replicas whose ranks would hold different numbers of experts, or cannot start.
 
     Raises:
         ConfigError: with the numbers of ranks that are possible.
     """
+    if ranks > 1 and find_spec("deepspeed") is None:
+        raise ConfigError(
+            f"executor.ranks_per_replica={ranks} needs DeepSpeed, which is not installed",
+            "pip install 'coalesce-moe[deepspeed]'",
+        )
     experts = moe.num_experts
     if experts % ranks:
         possible = [str(count) for count in range(1, experts + 1) if experts % count == 0]

@@ -61,6 +61,8 @@ def families(folder: Path, group: Any) -> None:
             "logits": logits_of(model, random_ids(1 + group.rank, 7 + 4 * group.rank, group.rank)),
             "experts": model.model.layers[moe.layers[0]].mlp.experts.local.down_proj.shape[0],
         }
+        half = load_rank(model_folder, "bfloat16", group)
+        found["half"] = logits_of(half, random_ids(2, 9, group.rank))
         rank = Rank(group)
         unit = unit_of(model_folder, folder)
         first, second = rank.run(unit), rank.run(unit)
@@ -103,6 +105,8 @@ def main() -> None:
     torch.set_num_threads(1)
     group = join(Place(int(rank), int(size), "127.0.0.1", int(port)))
     globals()[function](Path(folder), group)
+    # gloo's threads may abort a process that ends in an orderly way after its peer died.
+    os._exit(0)
 
 
 if __name__ == "__main__":

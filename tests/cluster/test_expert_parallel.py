@@ -14,10 +14,20 @@ from stages.calibrate.observer import INTEGERS
 from stages.calibrate.parallel import dealt
 from stages.calibrate.stage import Replica
 from stages.calibrate.statistics import domain_sums, read_statistics
+from stages.model import load_model
 from stages.unit import Done
 from tests.cluster.ranks import run_ranks
 from tests.cluster.shards import BATCHES, LENGTHS, unit_of, write_corpus
-from tests.tiny import EXPERTS, FAMILIES, TOP_K, logits_of, open_model, random_ids, save_tiny
+from tests.tiny import (
+    EXPERTS,
+    FAMILIES,
+    TOP_K,
+    logits_of,
+    open_model,
+    random_ids,
+    same_bits,
+    save_tiny,
+)
 
 
 @pytest.fixture(
@@ -48,6 +58,15 @@ def test_logits_are_those_of_one_process(ranks: tuple[int, Path], family: str) -
     for rank, found in enumerate(found_by(ranks, family)):
         expected = logits_of(whole, random_ids(1 + rank, 7 + 4 * rank, rank))
         assert float((found["logits"] - expected).abs().max()) <= 1e-6
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_logits_are_those_of_one_process(ranks: tuple[int, Path], family: str) -> None:
+    whole = load_model(ranks[1] / f"model-{family}", "bfloat16")
+    for rank, found in enumerate(found_by(ranks, family)):
+        expected = logits_of(whole, random_ids(2, 9, rank))
+        assert found["half"].dtype == torch.bfloat16
+        assert same_bits(found["half"], expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -124,6 +124,15 @@ def die_in_the_middle(
     return run
 
 
+def die_while_loading(folder: Path, group: ExpertGroup) -> Callable[[Number], int | None]:
+    """Rank 1 of the first replica dies after it has joined, before it has run anything."""
+    mark = folder / "died"
+    if group.rank == 1 and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return say_process(group)
+
+
 def assert_same(found: pa.Table, expected: pa.Table) -> None:
     ours, theirs = domain_sums(found), domain_sums(expected)
     assert list(ours) == list(theirs)
@@ -155,6 +164,14 @@ def test_a_replica_that_loses_a_rank_is_made_anew_and_its_shard_counts_once(
     assert len(list(tmp_path.glob("death-*"))) == 2
     assert [done[index].name for index in range(SHARDS)] == [unit.name for unit in units]
     assert_same(reduce(units), expected)
+
+
+@pytest.mark.slow
+def test_a_rank_may_be_lost_while_it_loads(executor: RayExecutor, tmp_path: Path) -> None:
+    units = [Number(i) for i in range(6)]
+    found = dict(executor.imap(job_of(partial(die_while_loading, tmp_path)), units))
+    assert (tmp_path / "died").exists()
+    assert sorted(found) == list(range(6))
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from models.moe import MoeCheckpoint
-from orchestrator import estimate
+from orchestrator import estimate, preflight
 from orchestrator.errors import ConfigError
 from orchestrator.load import load
 from orchestrator.preflight import prepare
@@ -58,6 +58,15 @@ def test_the_refusal_names_what_is_possible(inputs: Inputs) -> None:
     with pytest.raises(ConfigError) as caught:
         prepare(load(str(inputs.recipe(executor={"ranks_per_replica": 16}))).config)
     assert caught.value.remedy == "set executor.ranks_per_replica to one of 1, 2, 4, 8"
+
+
+def test_a_missing_deepspeed_is_named_before_anything_runs(
+    inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
+    prepare(load(str(inputs.recipe())).config)
+    with pytest.raises(ConfigError, match="needs DeepSpeed, which is not installed"):
+        prepare(load(str(inputs.recipe(executor=RANKS))).config)
 
 
 def test_replicas_need_ray(inputs: Inputs) -> None:
