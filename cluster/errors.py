@@ -3,3 +3,7 @@
 
 class InfrastructureError(RuntimeError):
     """Workers, nodes or the cluster failed more often than the retry budget allows."""
+
+
+class LostPeer(InfrastructureError):
+    """A rank could not reach the others of its replica: one died, or the network did."""

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Generic, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Generic, Literal, Protocol, Self, TypeVar
+
+if TYPE_CHECKING:
+    from cluster.expert_parallel import ExpertGroup
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -21,6 +24,20 @@ class Resources:
 
 
 @dataclass(frozen=True)
+class Replicas(Generic[T, R]):
+    """Units that several processes run together: one expert-parallel group per unit in flight.
+
+    `make_rank` is called once in every process of a replica. What rank 0 returns for a unit is
+    the unit's result; the other ranks return None.
+    """
+
+    ranks: int
+    make_rank: Callable[[ExpertGroup], Callable[[T], R | None]]
+    # STRICT_PACK: all ranks of a replica on one node. PACK: as few nodes as possible.
+    placement: Literal["STRICT_PACK", "PACK"] = "STRICT_PACK"
+
+
+@dataclass(frozen=True)
 class Job(Generic[T, R]):
     """How to run units of one kind.
 
@@ -32,6 +49,8 @@ class Job(Generic[T, R]):
     make_worker: Callable[[], Callable[[T], R]]
     stateful: bool = False
     resources: Resources = Resources()
+    # None: one process per unit. Otherwise `resources` are those of one rank.
+    replicas: Replicas[T, R] | None = None
 
 
 class Executor(Protocol):

@@ -17,6 +17,7 @@ class LocalExecutor:
 
     def imap(self, job: Job[T, R], units: Sequence[T]) -> Iterator[tuple[int, R]]:
         """Runs the units in their order."""
+        assert job.replicas is None, "one process is no replica of several"
         fix_threads(self._threads)
         worker = job.make_worker()
         for index, unit in enumerate(units):

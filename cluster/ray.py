@@ -15,12 +15,18 @@ from typing import Any, Self
 import ray
 import ray.exceptions as failures
 
-from cluster.errors import InfrastructureError
+from cluster.errors import InfrastructureError, LostPeer
 from cluster.executor import Job, R, Resources, T, fix_threads
+from cluster.replica import Replica, replicas_that_fit
 
 # Small results only; Ray's default would reserve 30 % of the memory.
 _OBJECT_STORE_BYTES = 200 << 20
-_LOST = (failures.WorkerCrashedError, failures.RayActorError, failures.NodeDiedError)
+_LOST = (
+    failures.WorkerCrashedError,
+    failures.RayActorError,
+    failures.NodeDiedError,
+    LostPeer,
+)
 
 
 class RayExecutor:
@@ -41,13 +47,13 @@ class RayExecutor:
 
     def imap(self, job: Job[T, R], units: Sequence[T]) -> Iterator[tuple[int, R]]:
         """Runs the units with a bounded number in flight."""
-        pool: _Pool = (_ActorPool if job.stateful else _TaskPool)(self, job)
+        pool = _pool_of(self, job)
         try:
-            yield from _drive(pool, units, min(self._width(job.resources), len(units)))
+            yield from _drive(pool, units, min(self._width(job), len(units)))
         finally:
             pool.close()
 
-    def _width(self, resources: Resources) -> int:
+    def _width(self, job: Job[Any, Any]) -> int:
         """Units in flight: as many as fit the nodes, and no more than the configured workers.
 
         An actor that does not fit would wait for ever, and its unit with it.
@@ -55,15 +61,18 @@ class RayExecutor:
         Raises:
             InfrastructureError: no node can hold a single one.
         """
+        resources, ranks = job.resources, job.replicas.ranks if job.replicas else 1
         needs = {"CPU": resources.cpus, "GPU": resources.gpus, "memory": resources.memory_bytes}
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        room = sum(_fits(needs, node) for node in nodes)
+        each = [_fits(needs, node) for node in nodes]
+        room = replicas_that_fit(each, job.replicas) if job.replicas else sum(each)
         if not room:
             most = {name: max(int(node.get(name, 0)) for node in nodes) for name in needs}
+            what = f"a replica of {ranks} ranks: each" if job.replicas else "one worker: it"
             raise InfrastructureError(
-                f"no node can hold one worker: it needs {needs}, the largest nodes have {most}"
+                f"no node can hold {what} needs {needs}, the largest nodes have {most}"
             )
-        return min(room, self._wanted) if self._wanted else room
+        return max(min(room, self._wanted // ranks), 1) if self._wanted else room
 
     def options(self, resources: Resources) -> dict[str, Any]:
         """Ray's options for one unit or actor."""
@@ -117,21 +126,22 @@ class _Pool:
         self.executor = executor
         self.job = job
 
-    def start(self, unit: Any) -> ray.ObjectRef:
+    def start(self, unit: Any) -> list[ray.ObjectRef]:
+        """One reference per process that runs the unit; the first gives the result."""
         raise NotImplementedError
 
-    def release(self, ref: ray.ObjectRef, *, lost: bool) -> None:
-        """Called once for every started unit, when it ended or its worker was lost."""
+    def release(self, refs: list[ray.ObjectRef], *, lost: bool) -> None:
+        """Called once for every started unit, when it ended or a worker of it was lost."""
 
     def close(self) -> None:
         """Frees whatever the pool holds."""
 
 
 class _TaskPool(_Pool):
-    def start(self, unit: Any) -> ray.ObjectRef:
+    def start(self, unit: Any) -> list[ray.ObjectRef]:
         options = self.executor.options(self.job.resources)
         task = ray.remote(_run_task).options(max_retries=0, **options)
-        return task.remote(self.job.make_worker, unit, self.executor.threads)
+        return [task.remote(self.job.make_worker, unit, self.executor.threads)]
 
 
 class _ActorPool(_Pool):
@@ -142,14 +152,14 @@ class _ActorPool(_Pool):
         self._idle: list[Any] = []
         self._busy: dict[ray.ObjectRef, Any] = {}
 
-    def start(self, unit: Any) -> ray.ObjectRef:
+    def start(self, unit: Any) -> list[ray.ObjectRef]:
         actor = self._idle.pop() if self._idle else self._new_actor()
         ref = actor.run.remote(unit)
         self._busy[ref] = actor
-        return ref
+        return [ref]
 
-    def release(self, ref: ray.ObjectRef, *, lost: bool) -> None:
-        actor = self._busy.pop(ref)
+    def release(self, refs: list[ray.ObjectRef], *, lost: bool) -> None:
+        actor = self._busy.pop(refs[0])
         if not lost:
             self._idle.append(actor)
 
@@ -161,6 +171,43 @@ class _ActorPool(_Pool):
         options = self.executor.options(self.job.resources)
         actor = ray.remote(_Worker).options(max_restarts=0, **options)
         return actor.remote(self.job.make_worker, self.executor.threads)
+
+
+class _ReplicaPool(_Pool):
+    """Keeps one replica per unit in flight; with one rank lost, the whole replica is replaced."""
+
+    def __init__(self, executor: RayExecutor, job: Job[Any, Any]) -> None:
+        super().__init__(executor, job)
+        self._idle: list[Replica] = []
+        self._busy: dict[ray.ObjectRef, Replica] = {}
+
+    def start(self, unit: Any) -> list[ray.ObjectRef]:
+        replica = self._idle.pop() if self._idle else self._new_replica()
+        refs = replica.run(unit)
+        self._busy[refs[0]] = replica
+        return refs
+
+    def release(self, refs: list[ray.ObjectRef], *, lost: bool) -> None:
+        replica = self._busy.pop(refs[0])
+        if lost:
+            replica.kill()
+        else:
+            self._idle.append(replica)
+
+    def close(self) -> None:
+        for replica in [*self._idle, *self._busy.values()]:
+            replica.kill()
+
+    def _new_replica(self) -> Replica:
+        assert self.job.replicas is not None
+        options = self.executor.options(self.job.resources)
+        return Replica(self.job.replicas, options, self.executor.threads)
+
+
+def _pool_of(executor: RayExecutor, job: Job[Any, Any]) -> _Pool:
+    if job.replicas is not None:
+        return _ReplicaPool(executor, job)
+    return (_ActorPool if job.stateful else _TaskPool)(executor, job)
 
 
 class _Worker:
@@ -186,27 +233,42 @@ def _drive(pool: _Pool, units: Sequence[Any], width: int) -> Iterator[tuple[int,
     """Feeds units into the pool, `width` at a time, and yields results as they end."""
     waiting = list(reversed(range(len(units))))
     attempts = dict.fromkeys(range(len(units)), 0)
-    running: dict[ray.ObjectRef, int] = {}
+    running: dict[int, list[ray.ObjectRef]] = {}
     while waiting or running:
         while waiting and len(running) < width:
             index = waiting.pop()
             attempts[index] += 1
-            running[pool.start(units[index])] = index
-        (ref,), _ = ray.wait(list(running), num_returns=1)
-        index = running.pop(ref)
-        try:
-            result = ray.get(ref)
-        except _LOST as error:
-            pool.release(ref, lost=True)
+            running[index] = pool.start(units[index])
+        index, error = _next_ended(running)
+        refs = running.pop(index)
+        # The unit's own exception, as it would have been raised in this process.
+        own = error.cause if isinstance(error, failures.RayTaskError) else None
+        if isinstance(own or error, _LOST):
+            pool.release(refs, lost=True)
             if attempts[index] > pool.executor.max_retries:
                 raise InfrastructureError(
                     f"{units[index].name} lost its worker {attempts[index]} times: {error}"
                 ) from error
             waiting.append(index)
-        except failures.RayTaskError as error:
-            pool.release(ref, lost=False)
-            # The unit's own exception, as it would have been raised in this process.
-            raise error.cause or error from error
+        elif error is not None:
+            # Nobody knows in which state the peers of a failed rank are.
+            pool.release(refs, lost=len(refs) > 1)
+            raise own or error from error
         else:
-            pool.release(ref, lost=False)
+            result = ray.get(refs[0])
+            pool.release(refs, lost=False)
             yield index, result
+
+
+def _next_ended(running: dict[int, list[ray.ObjectRef]]) -> tuple[int, Exception | None]:
+    """The next unit of which every process ended well, or any one failed, and how it failed."""
+    pending = {ref: index for index, refs in running.items() for ref in refs}
+    while True:
+        (ref,), _ = ray.wait(list(pending), num_returns=1)
+        index = pending.pop(ref)
+        try:
+            ray.get(ref)
+        except (*_LOST, failures.RayTaskError) as error:
+            return index, error
+        if index not in pending.values():
+            return index, None

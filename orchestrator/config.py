@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stages.align.config import AlignConfig
 from stages.calibrate.config import CalibrateConfig
@@ -36,12 +36,29 @@ class ExecutorConfig(Settings):
     kind: Literal["local", "ray"] = "ray"
     # local: start a Ray for this run. auto, or ray://host:port: join one.
     address: str = "local"
-    # Units at the same time; None: one per CPU.
+    # Processes at the same time; None: one per CPU.
     workers: int | None = Field(default=None, gt=0)
-    # GPUs of one worker that runs the model.
+    # GPUs of one process that runs the model.
     gpus_per_worker: int = Field(default=0, ge=0)
     # Part of the arithmetic: sums depend on the number of threads in their last bits.
     threads_per_unit: int = Field(default=1, gt=0)
+    # Calibration only: processes that hold one copy of the model together, each with its share of
+    # the experts (DeepSpeed). Part of the arithmetic: another order of the same sums.
+    ranks_per_replica: int = Field(default=1, gt=0)
+    # STRICT_PACK: the ranks of a replica on one node. PACK: as few nodes as possible.
+    placement: Literal["STRICT_PACK", "PACK"] = "STRICT_PACK"
+
+    @model_validator(mode="after")
+    def _replicas_need_ray(self) -> Self:
+        ranks = self.ranks_per_replica
+        if ranks > 1 and self.kind == "local":
+            raise ValueError(f"ranks_per_replica={ranks} needs kind=ray: local is one process")
+        if self.workers is not None and self.workers < ranks:
+            raise ValueError(
+                f"workers={self.workers} is less than ranks_per_replica={ranks}: not one replica"
+                " fits"
+            )
+        return self
 
 
 class RunConfig(Settings):

@@ -30,7 +30,10 @@ def choose(run: Prepared) -> Choice:
 
     Results do not depend on it, so a run may be resumed where the choice is another one.
     """
-    asked = run.config.calibrate.engine
+    asked, ranks = run.config.calibrate.engine, run.config.executor.ranks_per_replica
+    if ranks > 1:
+        why = f"{ranks} ranks of a replica hold the model together"
+        return Choice("resident", why, estimate.calibrate(run, "resident"))
     if asked != "auto":
         return Choice(asked, f"calibrate.engine={asked}", estimate.calibrate(run, asked))
     needed = estimate.calibrate(run, "resident")

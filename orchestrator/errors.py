@@ -5,7 +5,8 @@ UserError                exit 2: mend the input; nothing half-written is left
 ├── RunFolderError       the run folder is not ours, or belongs to other inputs
 ├── CheckpointError      models.errors: a file or tensor of the model
 ├── DiskFull             models.errors
-├── DataError, BudgetError, StatisticsError, StaleUnit, GateError   stages.errors
+├── DataError, BudgetError, StatisticsError, StaleUnit, ReplicaError, GateError
+│                        stages.errors
 InfrastructureError      exit 75 (try again later): cluster.errors; finished units are kept
 anything else            exit 1: a bug
 """

@@ -28,11 +28,10 @@ def corpus(run: Prepared) -> int:
 
 
 def calibrate(run: Prepared, engine: Engine) -> int:
-    """The model or a layer of it, the sums of all domains, and one observed batch."""
+    """The model, a rank's part or a layer of it; the sums of all domains; one observed batch."""
     config = run.config.calibrate
-    weights = _model_bytes(run, config.dtype)
-    if engine == "streaming":
-        weights = _streamed_bytes(run, config.dtype)
+    streamed = engine == "streaming"
+    weights = _streamed_bytes(run, config.dtype) if streamed else _resident(run)
     sums = len(config.data.sources) * statistics_bytes(run)
     return PROCESS_BYTES + weights + sums + _activations(run)
 
@@ -103,6 +102,18 @@ def _streamed_bytes(run: Prepared, dtype: str) -> int:
     largest = max(by_layer.values())
     wider = _model_bytes(run, dtype) / run.moe.checkpoint.nbytes
     return int((rest + largest) * wider) + largest + KEPT_ARGUMENT_BYTES
+
+
+def _resident(run: Prepared) -> int:
+    """Bytes of the weights that one calibrating process holds at its peak."""
+    whole, ranks = _model_bytes(run, run.config.calibrate.dtype), run.config.executor
+    if ranks.ranks_per_replica == 1:
+        return whole
+    moe = run.moe
+    layers = [moe.num_experts * moe.expert_bytes(layer) for layer in moe.layers]
+    # Its own experts, and for the self-check all experts of one layer.
+    held = sum(layers) // ranks.ranks_per_replica + max(layers)
+    return whole - (sum(layers) - held) * whole // moe.checkpoint.nbytes
 
 
 def _activations(run: Prepared) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from cluster.executor import Replicas
 from models.atomic import text_digest
 from orchestrator.preflight import Prepared, Variant
 from orchestrator.run_folder import MAIN
@@ -17,7 +18,7 @@ from stages.export.layout import FileLayout
 from stages.export.stage import ExportUnit
 from stages.group.decision import LayerDecision
 from stages.transform import stage as transform
-from stages.unit import beside, read_digests
+from stages.unit import Done, beside, read_digests
 
 
 def corpus_units(run: Prepared) -> list[CorpusUnit]:
@@ -50,6 +51,8 @@ def calibrate_units(run: Prepared, engine: Engine) -> list[calibrate.ShardUnit]:
         "corpus": read_digests(beside(run.folder.calibration_tokens)),
         "threads": str(run.config.executor.threads_per_unit),
     }
+    if (ranks := run.config.executor.ranks_per_replica) > 1:
+        inputs["ranks"] = str(ranks)
     return calibrate.plan(
         run.config.calibrate,
         blocks=count_blocks(run.folder.calibration_tokens),
@@ -60,6 +63,16 @@ def calibrate_units(run: Prepared, engine: Engine) -> list[calibrate.ShardUnit]:
         inputs=inputs,
         engine=engine,
     )
+
+
+def replicas(run: Prepared) -> Replicas[calibrate.ShardUnit, Done] | None:
+    """How calibration is spread over ranks; None: a worker holds the whole model."""
+    executor = run.config.executor
+    if executor.ranks_per_replica == 1:
+        return None
+    from stages.calibrate.parallel import make_rank
+
+    return Replicas(executor.ranks_per_replica, make_rank, executor.placement)
 
 
 def transform_units(

@@ -7,6 +7,7 @@ import shutil
 from bisect import bisect_right
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from models.moe import MoeCheckpoint
 from models.skeleton import check_dense_tensors
 from orchestrator import run_folder
 from orchestrator.config import ModelConfig, RunConfig
+from orchestrator.errors import ConfigError
 from orchestrator.run_folder import MAIN, RunFolder
 from stages.calibrate.statistics import layers_of, metadata_of, read_statistics
 from stages.corpus.config import CorpusConfig
@@ -63,6 +65,8 @@ def prepare(config: RunConfig) -> Prepared:
     """
     moe = MoeCheckpoint.open(resolve_model(config.model), allow_links=config.model.allow_links)
     check_dense_tensors(moe)
+    check_ranks(config.executor.ranks_per_replica, moe)
+    _check_engine(config)
     for data in _corpora(config):
         for source in data.sources:
             check_source(source)
@@ -106,6 +110,35 @@ def resolve_model(config: ModelConfig) -> Path:
             "download it where there is a network and set `model.path` to the folder",
         ) from error
     return Path(found)
+
+
+def _check_engine(config: RunConfig) -> None:
+    ranks = config.executor.ranks_per_replica
+    if ranks > 1 and config.calibrate.engine == "streaming":
+        raise ConfigError(
+            f"calibrate.engine=streaming runs in one process, ranks_per_replica is {ranks}",
+            "set calibrate.engine=auto, or executor.ranks_per_replica=1",
+        )
+
+
+def check_ranks(ranks: int, moe: MoeCheckpoint) -> None:
+    """Refuses replicas whose ranks would hold different numbers of experts, or cannot start.
+
+    Raises:
+        ConfigError: with the numbers of ranks that are possible.
+    """
+    if ranks > 1 and find_spec("deepspeed") is None:
+        raise ConfigError(
+            f"executor.ranks_per_replica={ranks} needs DeepSpeed, which is not installed",
+            "pip install 'coalesce-moe[deepspeed]'",
+        )
+    experts = moe.num_experts
+    if experts % ranks:
+        possible = [str(count) for count in range(1, experts + 1) if experts % count == 0]
+        raise ConfigError(
+            f"{experts} experts per layer cannot be dealt out evenly to {ranks} ranks",
+            f"set executor.ranks_per_replica to one of {', '.join(possible)}",
+        )
 
 
 def expected_decisions(variant: Variant, moe: MoeCheckpoint) -> list[LayerDecision]:

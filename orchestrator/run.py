@@ -119,7 +119,9 @@ def _observe(prepared: Prepared, scheduler: Scheduler, events: EventLog) -> pa.T
         choice = engine.choose(prepared)
         events.emit("engine", stage="calibrate", engine=choice.engine, why=choice.why)
         shards = pipeline.calibrate_units(prepared, choice.engine)
-        scheduler.run_model("calibrate", shards, calibrate.make_worker, choice.worker_bytes)
+        replicas = pipeline.replicas(prepared)
+        memory = choice.worker_bytes
+        scheduler.run_model("calibrate", shards, calibrate.make_worker, memory, replicas)
         table = calibrate.reduce(shards)
     return _settle(folder.statistics, table)
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
-from cluster.executor import Executor, Job, Resources
+from cluster.executor import Executor, Job, Replicas, Resources
 from orchestrator.config import ExecutorConfig
 from orchestrator.events import EventLog
 from stages.unit import Done, Unit, execute, peak_rss, read_marker, reset_peak_rss
@@ -42,10 +42,12 @@ class Scheduler:
         units: Sequence[U],
         make_worker: Callable[[], Callable[[U], Done]],
         memory_bytes: int,
+        replicas: Replicas[U, Done] | None = None,
     ) -> list[Done]:
-        """Units whose worker holds a loaded model."""
+        """Units whose worker holds a loaded model, or whose ranks hold one together."""
         resources = Resources(gpus=self._gpus, memory_bytes=memory_bytes)
-        return self._run(stage, units, Job(make_worker, stateful=True, resources=resources))
+        job = Job(make_worker, stateful=True, resources=resources, replicas=replicas)
+        return self._run(stage, units, job)
 
     @contextmanager
     def here(self, stage: str) -> Iterator[None]:

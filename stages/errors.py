@@ -5,6 +5,7 @@ UserError
 ├── BudgetError        how many experts to keep, or an exporter that cannot express it
 ├── StatisticsError    statistics of another model, or damaged ones
 ├── StaleUnit          a finished unit was made from another model, data or config
+├── ReplicaError       an expert-parallel replica computes something else than one process
 └── GateError          the written checkpoint did not open as promised
 """
 
@@ -25,6 +26,10 @@ class StatisticsError(UserError):
 
 class StaleUnit(UserError):
     """A finished unit has another fingerprint than the one now asked for."""
+
+
+class ReplicaError(UserError):
+    """A layer whose experts lie on several ranks does not answer as it does in one process."""
 
 
 class GateError(UserError):
