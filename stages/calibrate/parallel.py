@@ -73,7 +73,7 @@ class Rank:
             total = added(parts, unit.num_experts)
             write_table(unit.output, to_table(total, unit.num_experts, dict(unit.inputs)))
         tokens = sum(len(block.tokens) for block in blocks)
-        return {"tokens": tokens, "blocks": unit.stop - unit.start}
+        return {"tokens": tokens, "blocks": unit.stop - unit.start, "engine": unit.engine}
 
     def _model(self, unit: ShardUnit) -> Any:
         key = (unit.model, unit.dtype)

@@ -93,10 +93,16 @@ def test_one_rank_leaves_the_identity_of_a_run_as_it_was(inputs: Inputs) -> None
 def test_a_rank_is_estimated_by_its_part_of_the_experts(inputs: Inputs) -> None:
     executors: list[dict[str, Any]] = [{"kind": "local"}, RANKS]
     whole, rank = (
-        estimate.calibrate(prepare(load(str(inputs.recipe(executor=executor))).config))
+        estimate.calibrate(prepare(load(str(inputs.recipe(executor=executor))).config), "resident")
         for executor in executors
     )
     moe = MoeCheckpoint.open(inputs.model)
     experts = moe.num_experts * moe.expert_bytes(0)
     # Two layers: half of both is elsewhere, one of them is read whole for the self-check.
     assert rank - whole == -2 * experts // 2 + experts
+
+
+def test_streaming_by_several_ranks_is_refused(inputs: Inputs) -> None:
+    recipe = inputs.recipe(executor=RANKS, calibrate__engine="streaming")
+    with pytest.raises(ConfigError, match="streaming runs in one process, ranks_per_replica is 2"):
+        prepare(load(str(recipe)).config)
