@@ -32,7 +32,7 @@ def calibrate(run: Prepared, engine: Engine) -> int:
     config = run.config.calibrate
     streamed = engine == "streaming"
     weights = _streamed_bytes(run, config.dtype) if streamed else _resident(run)
-    sums = len(config.data.sources) * statistics_bytes(run)
+    sums = run.calibration_domains * statistics_bytes(run)
     return PROCESS_BYTES + weights + sums + _activations(run)
 
 

@@ -82,7 +82,7 @@ def _calibrate(run: Prepared) -> Row:
     config, moe = run.config.calibrate, run.moe
     shards = 0 if config.statistics is not None else config.shards
     finished = len(list(run.folder.shards.glob("*.arrow.json")))
-    written = estimate.statistics_bytes(run) * (shards + len(config.data.sources))
+    written = estimate.statistics_bytes(run) * (shards + run.calibration_domains)
     if not shards:
         return Row("calibrate", 0, 0, 0, written, 0)
     choice = engine.choose(run)
@@ -114,7 +114,7 @@ def _evaluate(run: Prepared) -> list[Row]:
     config = run.config.evaluate
     if config is None:
         return []
-    domains, models = len(config.data.sources), 1 + len(run.variants)
+    domains, models = run.evaluation_domains, 1 + len(run.variants)
     finished = len(list(run.folder.evaluation.glob("*/*.json.json")))
     vocabulary = int(run.moe.checkpoint.config["vocab_size"])
     reference = domains * config.kl_positions * vocabulary * 4

@@ -55,6 +55,8 @@ class Prepared:
     tokenizer: Path
     variants: tuple[Variant, ...]
     resumes: bool
+    calibration_domains: int
+    evaluation_domains: int
 
 
 def prepare(config: RunConfig) -> Prepared:
@@ -67,10 +69,10 @@ def prepare(config: RunConfig) -> Prepared:
     check_dense_tensors(moe)
     check_ranks(config.executor.ranks_per_replica, moe)
     _check_engine(config)
-    for data in _corpora(config):
-        for source in data.sources:
-            check_source(source)
-        _check_length(data, moe)
+    evaluate = config.evaluate
+    calibrated = None if config.calibrate.statistics is not None else config.calibrate.data
+    calibration_domains = _check_text(calibrated, moe)
+    evaluation_domains = _check_text(None if evaluate is None else evaluate.data, moe)
     model, folder = identity(moe.checkpoint), RunFolder(config.run_dir.absolute())
     if config.calibrate.statistics is not None:
         check_statistics(config.calibrate.statistics, moe, model)
@@ -82,7 +84,17 @@ def prepare(config: RunConfig) -> Prepared:
     if not any((tokenizer / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise DataError(f"{tokenizer} holds no tokenizer", "set `model.tokenizer`")
     load_tokenizer(tokenizer)
-    prepared = Prepared(config, folder, moe, model, tokenizer.absolute(), found, resumes)
+    prepared = Prepared(
+        config=config,
+        folder=folder,
+        moe=moe,
+        model=model,
+        tokenizer=tokenizer.absolute(),
+        variants=found,
+        resumes=resumes,
+        calibration_domains=calibration_domains,
+        evaluation_domains=evaluation_domains,
+    )
     _check_disk(prepared)
     return prepared
 
@@ -275,8 +287,8 @@ def disk_bytes(prepared: Prepared) -> int:
     if evaluate is None:
         return files
     vocabulary = int(prepared.moe.checkpoint.config["vocab_size"])
-    domains = len(evaluate.data.sources)
-    return files + domains * evaluate.kl_positions * vocabulary * 4 + evaluate.data.tokens * 4
+    reference = prepared.evaluation_domains * evaluate.kl_positions * vocabulary * 4
+    return files + reference + evaluate.data.tokens * 4
 
 
 def _variants(config: RunConfig, moe: MoeCheckpoint) -> tuple[Variant, ...]:
@@ -299,9 +311,13 @@ def _baseline_experts(main: Variant, moe: MoeCheckpoint) -> int:
     return max(-(-total // len(decisions)), moe.top_k)
 
 
-def _corpora(config: RunConfig) -> list[CorpusConfig]:
-    found = [] if config.calibrate.statistics is not None else [config.calibrate.data]
-    return found + ([config.evaluate.data] if config.evaluate is not None else [])
+def _check_text(data: CorpusConfig | None, moe: MoeCheckpoint) -> int:
+    """Number of domains of a corpus whose text was found in order; 0 when there is none."""
+    if data is None:
+        return 0
+    domains = {domain for source in data.sources for domain in check_source(source)}
+    _check_length(data, moe)
+    return len(domains)
 
 
 def _check_length(data: CorpusConfig, moe: MoeCheckpoint) -> None:

@@ -28,18 +28,21 @@ def documents(source: Source, seed: int) -> dict[str, Iterator[str]]:
     return {name: _texts(dataset.select(rows[name]), source) for name in names}
 
 
-def check_source(source: Source) -> None:
-    """Fails early on a source that cannot be read; hub names are left to the download.
+def check_source(source: Source) -> set[str]:
+    """The domains of a source, which is looked at; a hub name, left to the download, counts as one.
 
     Raises:
         DataError: unreadable, an unknown column, no text, or a domain of blank documents.
     """
-    if local_files(source):
-        for domain, texts in documents(source, seed=0).items():
-            if not any(text.strip() for text in texts):
-                raise no_tokens(domain, source)
-    elif _looks_local(source.path):
-        raise DataError(f"no file matches {source.path}", "check the path of this text source")
+    if not local_files(source):
+        if _looks_local(source.path):
+            raise DataError(f"no file matches {source.path}", "check the path of this text source")
+        return {source.domain or source.path}
+    found = documents(source, seed=0)
+    for domain, texts in found.items():
+        if not any(text.strip() for text in texts):
+            raise no_tokens(domain, source)
+    return set(found)
 
 
 def no_tokens(domain: str, source: Source) -> DataError:

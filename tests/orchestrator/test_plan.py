@@ -141,3 +141,13 @@ def test_a_size_in_bytes_is_kept_by_what_is_written(
     report = json.loads((run.folder.report / "report.json").read_text())
     assert report["bytes"]["requested"] == 111_111
     assert abs(written - predicted_bytes(run)) <= 0.01 * written
+
+
+def test_every_domain_of_a_source_is_a_unit_of_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(__file__).resolve().parents[2])
+    config = load("quickstart", [f"run_dir={tmp_path / 'run'}"]).config
+    planned = {row.stage: row for row in rows(prepare(config))}
+    # Five domains in one file; the original, the result and two baselines.
+    assert planned["evaluate"].units == 5 * 4
