@@ -21,7 +21,7 @@ from orchestrator.preflight import Prepared, Variant
 from orchestrator.report.card import render_card
 from orchestrator.report.collect import Collected, collect
 from orchestrator.report.write import write_report
-from orchestrator.run_folder import MAIN
+from orchestrator.run_folder import MAIN, RunFolder
 from orchestrator.scheduler import Scheduler, open_executor
 from stages.calibrate import stage as calibrate
 from stages.calibrate.statistics import LayerStatistics, layers_of, read_statistics
@@ -103,6 +103,16 @@ def _started(
     events.emit("run_started", run=str(folder.root), resumes=prepared.resumes)
     with exclusive(folder), open_executor(config) as executor:
         yield events, Scheduler(executor, events, config.gpus_per_worker)
+        _sweep(folder)
+
+
+def _sweep(folder: RunFolder) -> None:
+    """Removes what killed attempts left behind. Every unit is done, so nothing of it is live."""
+    for leftover in [*folder.root.rglob(".*.tmp")]:
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
 
 
 def _observe(prepared: Prepared, scheduler: Scheduler, events: EventLog) -> pa.Table:

@@ -253,6 +253,10 @@ def test_calibrate_observes_only_and_run_goes_on_from_there(
     assert not (inputs.run_dir / "output").exists()
     assert "observed" in coalesce("status", inputs.run_dir).out
     statistics = (inputs.run_dir / "statistics.arrow").stat().st_mtime_ns
+    left_by_a_killed_attempt = inputs.run_dir / "layers" / ".layer-00000.safetensors.1.tmp"
+    left_by_a_killed_attempt.parent.mkdir()
+    left_by_a_killed_attempt.touch()
     assert coalesce("run", recipe, "--quiet").code == 0
+    assert not left_by_a_killed_attempt.exists()
     assert (inputs.run_dir / "output" / "config.json").exists()
     assert (inputs.run_dir / "statistics.arrow").stat().st_mtime_ns == statistics
