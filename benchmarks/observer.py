@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from benchmarks.output import show, wants_quick
-from stages.calibrate.observer import Sums
-from stages.calibrate.stage import Key, observe_batch
-from stages.corpus.blocks import Block
+from stages.calibrate.recorder import Recorder
+from stages.calibrate.stage import observe_batch
+from stages.corpus.blocks import Batch, Block
 from stages.model import batch_of, load_model, pad_id
 
 MODEL = Path(__file__).resolve().parents[1] / "examples" / "bundled" / "model"
@@ -36,17 +36,17 @@ def main() -> None:
     model = load_model(MODEL, "float32")
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (16, 256), generator=generator)
-    batch = [Block("any", tuple(row)) for row in ids.tolist()]
+    batch = Batch(0, tuple(Block("any", tuple(row)) for row in ids.tolist()))
     experts = model.config.num_local_experts
-    sums: dict[Key, Sums] = {}
+    recorder = Recorder(experts)
 
     def plain() -> None:
-        inputs, mask = batch_of([b.tokens for b in batch], pad_id(model), model.device)
+        inputs, mask = batch_of(batch.rows, pad_id(model), model.device)
         with torch.inference_mode():
             model.model(input_ids=inputs, attention_mask=mask, use_cache=False)
 
     def observed() -> None:
-        observe_batch(model, batch, experts, sums)
+        observe_batch(model, batch, recorder)
 
     rows: list[dict[str, Any]] = []
     for threads in (1, 2):

@@ -35,7 +35,7 @@ def measure(case: Case) -> tuple[float, int]:
 
     import torch
 
-    from stages.corpus.blocks import Block
+    from stages.corpus.blocks import Block, batches
     from stages.unit import peak_rss
 
     torch.set_num_threads(1)
@@ -43,12 +43,12 @@ def measure(case: Case) -> tuple[float, int]:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary, (case.blocks, LENGTH), generator=generator).tolist()
     blocks = [Block("any", tuple(row)) for row in ids]
-    batches = [blocks[i : i + BATCH] for i in range(0, len(blocks), BATCH)]
-    work(batches[:1])
+    found = list(batches(blocks, BATCH))
+    work(found[:1])
     seconds = []
     for _ in range(case.repeats):
         start = time.perf_counter()
-        work(batches)
+        work(found)
         seconds.append(time.perf_counter() - start)
     return case.blocks * LENGTH / min(seconds), peak_rss()
 
@@ -57,7 +57,8 @@ def opened(case: Case) -> tuple[Any, int]:
     """The engine as a function of batches, and the size of the vocabulary."""
     from models.streaming.model import open_streamed
     from stages.calibrate import streaming
-    from stages.calibrate.stage import Key, Sums, observe_batch
+    from stages.calibrate.recorder import Recorder
+    from stages.calibrate.stage import observe_batch
     from stages.model import load_model
 
     if case.engine == "streaming":
@@ -65,15 +66,16 @@ def opened(case: Case) -> tuple[Any, int]:
         experts, folder = streamed.config.num_local_experts, tempfile.mkdtemp()
 
         def work(batches: Any) -> None:
-            streaming.observe(streamed, batches, experts, Path(folder) / "shard.arrow")
+            shard = Path(folder) / "shard.arrow"
+            streaming.observe(streamed, batches, Recorder(experts), shard)
 
         return work, streamed.config.vocab_size
     model = load_model(case.model, "float32")
 
     def resident(batches: Any) -> None:
-        sums: dict[Key, Sums] = {}
+        recorder = Recorder(model.config.num_local_experts)
         for batch in batches:
-            observe_batch(model, batch, model.config.num_local_experts, sums)
+            observe_batch(model, batch, recorder)
 
     return resident, model.config.vocab_size
 

@@ -20,10 +20,10 @@ from models.arrow import write_table
 from models.moe import MoeCheckpoint
 from models.partial import experts_module, load_part, read_fused
 from stages.calibrate.observer import Sums, add, empty_sums
-from stages.calibrate.stage import ShardUnit, batches, observe_batch
+from stages.calibrate.recorder import Recorder
+from stages.calibrate.stage import ShardUnit, batches_of, observe_batch, summary
 from stages.calibrate.statistics import Key, to_table
-from stages.corpus.blocks import Block
-from stages.corpus.stage import read_blocks
+from stages.corpus.blocks import Batch, Block
 from stages.errors import ReplicaError
 from stages.unit import Done, execute
 
@@ -61,19 +61,17 @@ class Rank:
     def run_one(self, unit: ShardUnit) -> dict[str, Any]:
         """Observes this rank's batches; on rank 0, writes the table of all."""
         model = self._model(unit)
-        sums: dict[Key, Sums] = {}
-        blocks = read_blocks(unit.corpus, unit.start, unit.stop)
-        for batch in dealt(list(batches(blocks, unit.batch_size)), self._group):
+        found, recorder = batches_of(unit), Recorder(unit.num_experts)
+        for batch in dealt(found, self._group):
             if batch is None:
                 keep_step(model, unit.num_experts)
             else:
-                observe_batch(model, batch, unit.num_experts, sums)
-        parts = self._group.gather(sums)
+                observe_batch(model, batch, recorder)
+        parts = self._group.gather(recorder.sums)
         if parts:
             total = added(parts, unit.num_experts)
             write_table(unit.output, to_table(total, unit.num_experts, dict(unit.inputs)))
-        tokens = sum(len(block.tokens) for block in blocks)
-        return {"tokens": tokens, "blocks": unit.stop - unit.start, "engine": unit.engine}
+        return summary(unit, found)
 
     def _model(self, unit: ShardUnit) -> Any:
         key = (unit.model, unit.dtype)
@@ -148,7 +146,7 @@ def dealt(items: Sequence[T], group: ExpertGroup) -> Iterator[T | None]:
 
 def keep_step(model: Any, num_experts: int) -> None:
     """One forward pass of one token, for the sake of the other ranks; its sums are dropped."""
-    observe_batch(model, [Block("", (0,))], num_experts, {})
+    observe_batch(model, Batch(0, (Block("", (0,)),)), Recorder(num_experts))
 
 
 def added(parts: Sequence[dict[Key, Sums]], num_experts: int) -> dict[Key, Sums]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -15,9 +15,10 @@ from models.arrow import write_table
 from models.streaming.model import open_streamed
 from stages.calibrate import streaming
 from stages.calibrate.config import VERSION, CalibrateConfig, Engine
-from stages.calibrate.observer import Observer, Sums
-from stages.calibrate.statistics import Key, accumulate, add_tables, read_statistics, to_table
-from stages.corpus.blocks import Block
+from stages.calibrate.observer import Observer
+from stages.calibrate.recorder import Recorder
+from stages.calibrate.statistics import add_tables, read_statistics
+from stages.corpus.blocks import Batch, batches
 from stages.corpus.stage import read_blocks
 from stages.model import batch_of, load_model, pad_id
 from stages.unit import Fingerprint, OneFile
@@ -97,13 +98,17 @@ class Replica:
 
     def run_one(self, unit: ShardUnit) -> dict[str, Any]:
         """Observes one shard and writes its table."""
-        found = list(batches(read_blocks(unit.corpus, unit.start, unit.stop), unit.batch_size))
+        found = batches_of(unit)
+        recorder = Recorder(unit.num_experts)
         streaming.remove_stale(unit.output)
-        observe = _observe_streamed if unit.engine == "streaming" else _observe_resident
-        sums = observe(self._model(unit), found, unit)
-        write_table(unit.output, to_table(sums, unit.num_experts, dict(unit.inputs)))
-        tokens = sum(len(block.tokens) for batch in found for block in batch)
-        return {"tokens": tokens, "blocks": unit.stop - unit.start, "engine": unit.engine}
+        model = self._model(unit)
+        if unit.engine == "streaming":
+            streaming.observe(model, found, recorder, unit.output)
+        else:
+            for batch in found:
+                observe_batch(model, batch, recorder)
+        write_table(unit.output, recorder.table(dict(unit.inputs)))
+        return summary(unit, found)
 
     def _model(self, unit: ShardUnit) -> Any:
         key = (unit.model, unit.dtype, unit.engine)
@@ -114,19 +119,16 @@ class Replica:
         return self._loaded[1]
 
 
-def _observe_resident(
-    model: Any, found: Sequence[Sequence[Block]], unit: ShardUnit
-) -> dict[Key, Sums]:
-    sums: dict[Key, Sums] = {}
-    for batch in found:
-        observe_batch(model, batch, unit.num_experts, sums)
-    return sums
+def batches_of(unit: ShardUnit) -> list[Batch]:
+    """The batches of a shard, the same for every engine and any number of ranks."""
+    blocks = read_blocks(unit.corpus, unit.start, unit.stop)
+    return list(batches(blocks, unit.batch_size, unit.start))
 
 
-def _observe_streamed(
-    model: Any, found: Sequence[Sequence[Block]], unit: ShardUnit
-) -> dict[Key, Sums]:
-    return streaming.observe(model, found, unit.num_experts, unit.output)
+def summary(unit: ShardUnit, found: Sequence[Batch]) -> dict[str, Any]:
+    """The result of a shard for its marker and the report."""
+    tokens = sum(len(row) for batch in found for row in batch.rows)
+    return {"tokens": tokens, "blocks": unit.stop - unit.start, "engine": unit.engine}
 
 
 def reduce(units: Sequence[ShardUnit]) -> pa.Table:
@@ -134,30 +136,13 @@ def reduce(units: Sequence[ShardUnit]) -> pa.Table:
     return add_tables(read_statistics(unit.output) for unit in units)
 
 
-def batches(blocks: Sequence[Block], size: int) -> Iterator[Sequence[Block]]:
-    """Consecutive batches of one domain each: a statistic belongs to exactly one domain."""
-    start = 0
-    while start < len(blocks):
-        stop = start + 1
-        while (
-            stop < len(blocks)
-            and stop - start < size
-            and blocks[stop].domain == blocks[start].domain
-        ):
-            stop += 1
-        yield blocks[start:stop]
-        start = stop
-
-
 @torch.inference_mode()
-def observe_batch(
-    model: Any, batch: Sequence[Block], num_experts: int, sums: dict[Key, Sums]
-) -> None:
-    """One forward pass; adds what every layer did to `sums`."""
-    ids, mask = batch_of([block.tokens for block in batch], pad_id(model), model.device)
+def observe_batch(model: Any, batch: Batch, recorder: Recorder) -> None:
+    """One forward pass; hands what every layer did to `recorder`."""
+    ids, mask = batch_of(batch.rows, pad_id(model), model.device)
     with Observer(model).observe(mask) as seen:
         model.model(input_ids=ids, attention_mask=mask, use_cache=False)
-    accumulate(sums, batch[0].domain, seen, num_experts)
+    recorder.add(batch, seen)
 
 
 def make_worker() -> Callable[[ShardUnit], Any]:

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from models.atomic import reporting_full_disk
 from models.streaming.model import LayerCall, StreamedModel, argument_bytes
-from stages.calibrate.observer import Routed, Sums, moe_block, watching
-from stages.calibrate.statistics import Key, accumulate
-from stages.corpus.blocks import Block
+from stages.calibrate.observer import Routed, moe_block, watching
+from stages.calibrate.recorder import Recorder
+from stages.corpus.blocks import Batch
 from stages.model import batch_of, pad_id
 
 _Arguments = tuple[Tensor, list[LayerCall]]  # [B, S] mask; one call per layer
@@ -31,14 +31,13 @@ _SUFFIX = ".hidden.tmp"
 
 @torch.inference_mode()
 def observe(
-    model: StreamedModel, batches: Sequence[Sequence[Block]], num_experts: int, output: Path
-) -> dict[Key, Sums]:
-    """(domain, layer) -> sums of the shard that will become `output`.
+    model: StreamedModel, batches: Sequence[Batch], recorder: Recorder, output: Path
+) -> None:
+    """Hands every layer's passes to `recorder`; `output` is the shard that they will become.
 
     Raises:
         CheckpointError: a layer cannot be read. DiskFull: no room for the hidden states.
     """
-    sums: dict[Key, Sums] = {}
     sparse = [i for i, layer in enumerate(model.layers) if moe_block(layer) is not None]
     with _scratch(output) as folder:
         shard = _Shard(model, batches, folder)
@@ -46,17 +45,13 @@ def observe(
         for index in range(max(sparse, default=-1) + 1):
             with model.layer(index) as layer:
                 for number, batch in enumerate(batches):
-                    seen = shard.advance(number, layer, index)
-                    accumulate(sums, batch[0].domain, seen, num_experts)
-    return sums
+                    recorder.add(batch, shard.advance(number, layer, index))
 
 
 class _Shard:
     """The batches of a shard on their way through the layers."""
 
-    def __init__(
-        self, model: StreamedModel, batches: Sequence[Sequence[Block]], folder: Path
-    ) -> None:
+    def __init__(self, model: StreamedModel, batches: Sequence[Batch], folder: Path) -> None:
         self._model = model
         self._batches = batches
         self._files = [HiddenStates(folder / f"batch-{i:05d}") for i in range(len(batches))]
@@ -74,7 +69,7 @@ class _Shard:
 
     def _arguments(self, number: int, *, first: bool) -> _Arguments:
         """What the model passes to its layers; hidden states are stored `first`, then let go."""
-        model, rows = self._model, [block.tokens for block in self._batches[number]]
+        model, rows = self._model, self._batches[number].rows
         ids, mask = batch_of(rows, pad_id(model), model.device)
         calls = model.calls(input_ids=ids, attention_mask=mask)
         if first:

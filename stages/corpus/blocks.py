@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 
@@ -12,6 +12,39 @@ class Block:
 
     domain: str
     tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Consecutive blocks of one domain that pass the model together."""
+
+    start: int  # index of the first block in the corpus
+    blocks: tuple[Block, ...]
+
+    @property
+    def domain(self) -> str:
+        """The domain of all its blocks."""
+        return self.blocks[0].domain
+
+    @property
+    def rows(self) -> list[tuple[int, ...]]:
+        """Tokens per block."""
+        return [block.tokens for block in self.blocks]
+
+
+def batches(blocks: Sequence[Block], size: int, start: int = 0) -> Iterator[Batch]:
+    """Batches of at most `size` blocks; `start` is the index of the first block in the corpus."""
+    first = 0
+    while first < len(blocks):
+        last = first + 1
+        while (
+            last < len(blocks)
+            and last - first < size
+            and blocks[last].domain == blocks[first].domain
+        ):
+            last += 1
+        yield Batch(start + first, tuple(blocks[first:last]))
+        first = last
 
 
 def packed(

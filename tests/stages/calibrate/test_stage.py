@@ -19,13 +19,12 @@ from stages.calibrate.observer import INTEGERS
 from stages.calibrate.stage import (
     Replica,
     ShardUnit,
-    batches,
     make_worker,
     plan,
     reduce,
 )
 from stages.calibrate.statistics import domain_sums, metadata_of, read_statistics
-from stages.corpus.blocks import Block
+from stages.corpus.blocks import Block, batches
 from stages.corpus.config import CorpusConfig, Source
 from tests.tiny import EXPERTS, PROPERTY, TOP_K, random_ids, save_tiny
 
@@ -100,9 +99,10 @@ def test_batches_hold_consecutive_blocks_of_one_domain(domains: list[str], size:
 
     found = list(batches(blocks, size))
 
-    assert [block for batch in found for block in batch] == blocks
-    assert all(1 <= len(batch) <= size for batch in found)
-    assert all(len({block.domain for block in batch}) == 1 for batch in found)
+    assert [block for batch in found for block in batch.blocks] == blocks
+    assert [blocks[batch.start] for batch in found] == [batch.blocks[0] for batch in found]
+    assert all(1 <= len(batch.blocks) <= size for batch in found)
+    assert all(len({block.domain for block in batch.blocks}) == 1 for batch in found)
 
 
 @pytest.mark.parametrize("shards", [2, 3, 8])

@@ -15,6 +15,7 @@ from models.errors import CheckpointError
 from models.streaming.model import StreamedModel
 from stages.calibrate import streaming
 from stages.calibrate.config import CalibrateConfig
+from stages.calibrate.recorder import Recorder
 from stages.calibrate.stage import Replica, ShardUnit, make_worker, plan, reduce
 from stages.corpus.blocks import Block
 from stages.corpus.config import CorpusConfig, Source
@@ -192,7 +193,7 @@ def test_no_hidden_states_are_left_by_a_failure(
         assert any(unit.output.parent.rglob("batch-00000"))
         raise CheckpointError("stop")
 
-    monkeypatch.setattr(streaming, "accumulate", fail)
+    monkeypatch.setattr(Recorder, "add", fail)
     with pytest.raises(CheckpointError, match="stop"):
         run([unit])
 
