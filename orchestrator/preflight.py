@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from bisect import bisect_right
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -68,7 +70,7 @@ def prepare(config: RunConfig) -> Prepared:
     moe = MoeCheckpoint.open(resolve_model(config.model), allow_links=config.model.allow_links)
     check_dense_tensors(moe)
     check_ranks(config.executor.ranks_per_replica, moe)
-    _check_engine(config)
+    _check_engine(config, moe)
     evaluate = config.evaluate
     calibrated = None if config.calibrate.statistics is not None else config.calibrate.data
     calibration_domains = _check_text(calibrated, moe)
@@ -124,12 +126,36 @@ def resolve_model(config: ModelConfig) -> Path:
     return Path(found)
 
 
-def _check_engine(config: RunConfig) -> None:
+def _check_engine(config: RunConfig, moe: MoeCheckpoint) -> None:
     ranks = config.executor.ranks_per_replica
     if ranks > 1 and config.calibrate.engine == "streaming":
         raise ConfigError(
             f"calibrate.engine=streaming runs in one process, ranks_per_replica is {ranks}",
             "set calibrate.engine=auto, or executor.ranks_per_replica=1",
+        )
+    check_seq2seq(config, moe.checkpoint.config)
+
+
+def check_seq2seq(config: RunConfig, model: Mapping[str, Any]) -> None:
+    """Refuses to stream or to split what has an encoder and a decoder; `model`: its config.json.
+
+    Raises:
+        ConfigError: naming the engine that does it.
+    """
+    if not model.get("is_encoder_decoder"):
+        return
+    name = model.get("model_type", "this model")
+    if config.calibrate.engine == "streaming":
+        raise ConfigError(
+            f"calibrate.engine=streaming runs one stack of layers, {name} has an encoder and a"
+            " decoder",
+            "set calibrate.engine=resident",
+        )
+    if (ranks := config.executor.ranks_per_replica) > 1:
+        raise ConfigError(
+            f"executor.ranks_per_replica is {ranks}; {name}, an encoder-decoder, is calibrated"
+            " whole in one process",
+            "set executor.ranks_per_replica=1 and calibrate.engine=resident",
         )
 
 

@@ -21,7 +21,8 @@ from models.moe import MoeCheckpoint
 from models.partial import experts_module, load_part, read_fused
 from stages.calibrate.observer import Sums, add, empty_sums
 from stages.calibrate.recorder import Recorder
-from stages.calibrate.stage import ShardUnit, batches_of, observe_batch, summary
+from stages.calibrate.resident import observe_batch
+from stages.calibrate.stage import ShardUnit, batches_of, summary
 from stages.calibrate.statistics import Key, to_table
 from stages.corpus.blocks import Batch, Block
 from stages.errors import ReplicaError
