@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 from bisect import bisect_right
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -19,13 +17,13 @@ from models.errors import CheckpointError, DiskFull
 from models.moe import MoeCheckpoint
 from models.skeleton import check_dense_tensors
 from orchestrator import run_folder
+from orchestrator.compatibility import check_same_tokenizer, check_seq2seq, check_tokenizer
 from orchestrator.config import ModelConfig, RunConfig
 from orchestrator.errors import ConfigError
 from orchestrator.run_folder import MAIN, RunFolder
 from stages.calibrate.statistics import layers_of, metadata_of, read_statistics
 from stages.corpus.config import CorpusConfig
 from stages.corpus.read import check_source
-from stages.corpus.stage import load_tokenizer
 from stages.errors import BudgetError, DataError, StatisticsError
 from stages.export.config import ExportConfig
 from stages.export.formats import FORMATS
@@ -76,16 +74,16 @@ def prepare(config: RunConfig) -> Prepared:
     calibration_domains = _check_text(calibrated, moe)
     evaluation_domains = _check_text(None if evaluate is None else evaluate.data, moe)
     model, folder = identity(moe.checkpoint), RunFolder(config.run_dir.absolute())
+    tokenizer = config.model.tokenizer or moe.checkpoint.folder
     if config.calibrate.statistics is not None:
-        check_statistics(config.calibrate.statistics, moe, model)
+        check_statistics(config.calibrate.statistics, moe, model, tokenizer)
     found = _variants(config, moe)
     for variant in found:
         expected_decisions(variant, moe)
     resumes = run_folder.check(folder, config, model)
-    tokenizer = config.model.tokenizer or moe.checkpoint.folder
     if not any((tokenizer / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise DataError(f"{tokenizer} holds no tokenizer", "set `model.tokenizer`")
-    load_tokenizer(tokenizer)
+    check_tokenizer(tokenizer, moe.checkpoint.config)
     prepared = Prepared(
         config=config,
         folder=folder,
@@ -134,29 +132,6 @@ def _check_engine(config: RunConfig, moe: MoeCheckpoint) -> None:
             "set calibrate.engine=auto, or executor.ranks_per_replica=1",
         )
     check_seq2seq(config, moe.checkpoint.config)
-
-
-def check_seq2seq(config: RunConfig, model: Mapping[str, Any]) -> None:
-    """Refuses to stream or to split what has an encoder and a decoder; `model`: its config.json.
-
-    Raises:
-        ConfigError: naming the engine that does it.
-    """
-    if not model.get("is_encoder_decoder"):
-        return
-    name = model.get("model_type", "this model")
-    if config.calibrate.engine == "streaming":
-        raise ConfigError(
-            f"calibrate.engine=streaming runs one stack of layers, {name} has an encoder and a"
-            " decoder",
-            "set calibrate.engine=resident",
-        )
-    if (ranks := config.executor.ranks_per_replica) > 1:
-        raise ConfigError(
-            f"executor.ranks_per_replica is {ranks}; {name}, an encoder-decoder, is calibrated"
-            " whole in one process",
-            "set executor.ranks_per_replica=1 and calibrate.engine=resident",
-        )
 
 
 def check_ranks(ranks: int, moe: MoeCheckpoint) -> None:
@@ -271,8 +246,8 @@ def in_experts(variant: Variant, moe: MoeCheckpoint) -> Variant:
     return with_experts(counts[fitting - 1])
 
 
-def check_statistics(path: Path, moe: MoeCheckpoint, model: str) -> None:
-    """Refuses statistics that were observed on another model.
+def check_statistics(path: Path, moe: MoeCheckpoint, model: str, tokenizer: Path) -> None:
+    """Refuses statistics that were observed on another model, or on text cut otherwise.
 
     Raises:
         StatisticsError: with both fingerprints or dimensions.
@@ -286,6 +261,7 @@ def check_statistics(path: Path, moe: MoeCheckpoint, model: str) -> None:
             f" {model[:12]})",
             "calibrate on this model, or correct `model.path`",
         )
+    check_same_tokenizer(path, metadata_of(table), tokenizer)
     layers = [each.layer for each in layers_of(table)]
     if layers != list(moe.layers):
         raise StatisticsError(f"{path} covers layers {layers}, the model has {list(moe.layers)}")

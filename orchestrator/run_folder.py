@@ -132,8 +132,8 @@ def check(folder: RunFolder, config: RunConfig, model: str) -> bool:
 
 def settled(config: RunConfig) -> dict[str, Any]:
     """The part of a config that decides results; where and how fast units run is not in it."""
-    engine = {"engine", "memory_bytes"}
-    free: dict[str, Any] = {"run_dir": True, "executor": True, "calibrate": engine}
+    free_here = {"engine", "memory_bytes", "min_tokens_per_expert"}
+    free: dict[str, Any] = {"run_dir": True, "executor": True, "calibrate": free_here}
     values: dict[str, Any] = config.model_dump(mode="json", exclude=free)
     executor = config.executor
     # Left out where it is 1, as in the folders of runs that knew no replicas.
