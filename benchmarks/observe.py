@@ -2,8 +2,9 @@
 
 All ways of running the same tokens take turns (ABAB..) in one process with the same number of
 threads; a ratio is the median over rounds of the ratio within a round, so that what else the
-machine does strikes both. Peak memory is that of a process of its own for every way. Replicas run
-as the pipeline runs them: shards through the Ray executor.
+machine does strikes both. Seconds are those of the clock; ratios of processor time are given
+beside them, for machines that others use as well. Peak memory is that of a process of its own for
+every way. Replicas run as the pipeline runs them: shards through the Ray executor.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from benchmarks.output import show, wants_quick
 BUNDLED = Path(__file__).resolve().parents[1] / "examples" / "bundled" / "model"
 LENGTH, BATCH = 256, 8
 Work = Callable[[Sequence[Any]], None]
+Times = dict[str, list[tuple[float, float]]]  # way -> (clock, processor) seconds of every round
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,8 @@ WAYS: dict[str, Callable[[Case], Work]] = {
 }
 
 
-def in_turns(case: Case, ways: Sequence[str]) -> dict[str, list[float]]:
-    """Way -> seconds of every round, after a warm-up of each."""
+def in_turns(case: Case, ways: Sequence[str]) -> Times:
+    """Seconds of every round, after a warm-up of each way."""
     import torch
 
     torch.set_num_threads(1)
@@ -102,13 +104,14 @@ def in_turns(case: Case, ways: Sequence[str]) -> dict[str, list[float]]:
     works = {way: WAYS[way](case) for way in ways}
     for work in works.values():
         work(batches[:1])
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    times: Times = {way: [] for way in ways}
     for _ in range(case.rounds):
         for way, work in works.items():
-            start = time.perf_counter()
+            start = time.perf_counter(), time.process_time()
             work(batches)
-            seconds[way].append(time.perf_counter() - start)
-    return seconds
+            clock, processor = time.perf_counter() - start[0], time.process_time() - start[1]
+            times[way].append((clock, processor))
+    return times
 
 
 def peak(case: Case, way: str) -> int:
@@ -161,47 +164,59 @@ def save_random(folder: Path, hidden: int, intermediate: int, layers: int) -> Pa
     return folder
 
 
-def rows_of(case: Case, seconds: dict[str, list[float]], over: str) -> list[dict[str, Any]]:
-    """One row per way: tokens per second, and the ratio to `over`."""
+def rows_of(case: Case, times: Times, over: str) -> list[dict[str, Any]]:
+    """One row per way: tokens per second, and the ratios to `over`."""
     tokens = case.blocks * LENGTH
     return [
         {
             "model": case.name,
             "dtype": case.dtype,
             "way": way,
-            "tokens_per_second": tokens / statistics.median(each),
+            "tokens_per_second": tokens / statistics.median(clock for clock, _ in each),
             "over": over,
-            "ratio": ratio(seconds[over], each),
+            "ratio": ratio(times[over], each),
+            "processor_ratio": ratio(times[over], each, processor=True),
         }
-        for way, each in seconds.items()
+        for way, each in times.items()
     ]
 
 
-def ratio(reference: Sequence[float], other: Sequence[float]) -> float:
+def ratio(
+    reference: Sequence[tuple[float, float]],
+    other: Sequence[tuple[float, float]],
+    *,
+    processor: bool = False,
+) -> float:
     """Speed of `other` in units of `reference`: the median of what each round gave."""
-    return statistics.median(r / o for r, o in zip(reference, other, strict=True))
+    pairs = zip(reference, other, strict=True)
+    return statistics.median(r[processor] / o[processor] for r, o in pairs)
+
+
+def observed(quick: bool, wide: Path) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Rows of the bare and the observed forward pass, and the ratio per model and type."""
+    rows, cost = [], {}
+    for label, model in (("bundled", BUNDLED), ("random, H 512", wide)):
+        for dtype in ("float32", "bfloat16"):
+            case = Case(label, model, dtype, BATCH, 9 if quick else 41)
+            times = apart(in_turns, case, ("bare", "observed"))
+            rows += rows_of(case, times, "bare")
+            cost[f"{label}, {dtype}"] = ratio(times["bare"], times["observed"])
+            cost[f"{label}, {dtype}, processor time"] = rows[-1]["processor_ratio"]
+    return rows, cost
 
 
 def main() -> None:
     """Prints all ways; the last line is JSON."""
     quick = wants_quick(str(__doc__))
-    rounds, depth = (9, 8) if quick else (41, 32)
-    rows: list[dict[str, Any]] = []
+    depth = 8 if quick else 32
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        wide = save_random(folder / "wide", 512, 1024, 4)
-        deep = save_random(folder / "deep", 384, 768, depth)
-        cost: dict[str, float] = {}
-        for label, model in (("bundled", BUNDLED), ("random, H 512", wide)):
-            for dtype in ("float32", "bfloat16"):
-                case = Case(label, model, dtype, BATCH, rounds)
-                seconds = apart(in_turns, case, ("bare", "observed"))
-                rows += rows_of(case, seconds, "bare")
-                cost[f"{label}, {dtype}"] = ratio(seconds["bare"], seconds["observed"])
+        rows, cost = observed(quick, save_random(folder / "wide", 512, 1024, 4))
         # 80 blocks are 20,480 tokens; the recipes in configs/ have shards of 10 to 33 thousand.
         case = Case("bundled", BUNDLED, "float32", 80, 3 if quick else 9)
-        seconds = apart(in_turns, case, ("observed", "streaming"))
-        rows += rows_of(case, seconds, "observed")
+        times = apart(in_turns, case, ("observed", "streaming"))
+        rows += rows_of(case, times, "observed")
+        deep = save_random(folder / "deep", 384, 768, depth)
         case = Case(f"random, {depth} layers", deep, "float32", 2 * BATCH, 1)
         peaks = {way: apart(peak, case, way) for way in WAYS}
         shared = replicas(BUNDLED, folder, rounds=1 if quick else 5)
@@ -210,7 +225,7 @@ def main() -> None:
         rows + shared.rows,
         observed_over_bare=cost["bundled, float32"],
         observed_over_bare_by_model=cost,
-        streaming_over_resident=ratio(seconds["observed"], seconds["streaming"]),
+        streaming_over_resident=ratio(times["observed"], times["streaming"]),
         expert_parallel_counts_equal=shared.counts_equal,
         replicas_2_over_1=shared.two_over_one,
         peak_rss_bytes=peaks | shared.peaks,

@@ -62,6 +62,7 @@ def replicas(model: Path, folder: Path, rounds: int) -> Shared:
             "tokens_per_second": rate,
             "over": "1 replica(s)",
             "ratio": rate / rates["1 replica(s)"],
+            "processor_ratio": None,
         }
         for name, rate in rates.items()
     ]
