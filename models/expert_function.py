@@ -90,10 +90,10 @@ def _single(moe: MoeCheckpoint, layer: int) -> nn.Module:
     """The family's module of routed experts with the first expert alone, fp32, on the CPU."""
     kind = experts_module(moe, _skeleton(moe.checkpoint.folder), layer)
     with torch.device("meta"):
-        module = type(kind)(kind.config)
+        module: nn.Module = type(kind)(kind.config)
     for name, tensor in read_fused(moe, layer, range(1), torch.float32).items():
         setattr(module, name, nn.Parameter(tensor, requires_grad=False))
-    module.num_experts = 1
+    module.num_experts = 1  # type: ignore[assignment]
     return module.eval()
 
 

@@ -28,7 +28,6 @@ from stages.corpus.stage import read_blocks
 from stages.model import batch_of, load_model, pad_id
 from stages.unit import Fingerprint, OneFile
 
-
 _NOTHING = SampleConfig(tokens=0)
 
 

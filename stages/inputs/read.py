@@ -40,8 +40,8 @@ class LayerInputs:
         from safetensors.torch import load_file
 
         try:
-            metadata, tensors = read_metadata(path), load_file(path)
-            return cls(**tensors, **_typed(metadata))
+            fields: dict[str, Any] = {**load_file(path), **_typed(read_metadata(path))}
+            return cls(**fields)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise StatisticsError(f"cannot read layer inputs from {path}: {error}") from error
 

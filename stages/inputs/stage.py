@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.atomic import text_digest
 from models.tensors import write_tensors
 from stages.calibrate.sampled import KINDS
 from stages.calibrate.stage import ShardUnit
 from stages.errors import StatisticsError
 from stages.unit import Fingerprint, OneFile, read_digests
-from models.atomic import text_digest
 
 VERSION = 1
 PLACES = ("block", "position", "domain")

@@ -29,9 +29,7 @@ def empty_sums(experts: int, hidden: int, neurons: int) -> Sums:
     return found | {name: np.zeros((experts, widths[name])) for name in VECTORS}
 
 
-def to_table(
-    layer: int, sums: Mapping[str, Sums], metadata: Mapping[str, str]
-) -> pa.Table:
+def to_table(layer: int, sums: Mapping[str, Sums], metadata: Mapping[str, str]) -> pa.Table:
     """Rows (domain, layer, expert), sorted."""
     domains = sorted(sums)
     count = len(next(iter(sums.values()))["sampled"])

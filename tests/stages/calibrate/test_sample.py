@@ -1,8 +1,9 @@
-"""The sample is a function of the corpus, the seed and the number of tokens, and of nothing else."""
+"""The sample is a function of corpus, seed and number of tokens, and of nothing else."""
 
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +31,7 @@ def places(found: Sample) -> list[tuple[int, int]]:
 
 @PROPERTY
 @given(corpus=CORPORA, tokens=st.integers(0, 120), seed=st.integers(0, 2**63 - 1))
-def test_as_many_tokens_as_asked_each_once_in_order(
-    corpus: Corpus, tokens: int, seed: int
-) -> None:
+def test_as_many_tokens_as_asked_each_once_in_order(corpus: Corpus, tokens: int, seed: int) -> None:
     found = drawn(corpus, tokens, seed)
 
     assert len(found) == min(tokens, sum(length for _, length in corpus))
@@ -80,7 +79,7 @@ def test_any_cut_of_the_blocks_divides_the_sample(
 ) -> None:
     found = drawn(corpus, tokens)
     edges = [0, *sorted(min(cut, len(corpus)) for cut in cuts), len(corpus)]
-    parts = [found.within(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [found.within(a, b) for a, b in pairwise(edges)]
     assert [i for part in parts for i in range(part.start, part.stop)] == list(range(len(found)))
 
 
