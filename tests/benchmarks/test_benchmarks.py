@@ -13,7 +13,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["alignment", "observer", "streaming"])
+@pytest.mark.parametrize("name", ["alignment", "merge_shards", "observer", "streaming"])
 def test_a_quick_benchmark_ends_with_its_figures_as_json(name: str) -> None:
     words = [sys.executable, "-m", f"benchmarks.{name}", "--quick"]
     done = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, check=False)
