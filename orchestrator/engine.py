@@ -34,6 +34,9 @@ def choose(run: Prepared) -> Choice:
     if ranks > 1:
         why = f"{ranks} ranks of a replica hold the model together"
         return Choice("resident", why, estimate.calibrate(run, "resident"))
+    if run.moe.checkpoint.config.get("is_encoder_decoder"):
+        why = "an encoder-decoder is held whole by every worker"
+        return Choice("resident", why, estimate.calibrate(run, "resident"))
     if asked != "auto":
         return Choice(asked, f"calibrate.engine={asked}", estimate.calibrate(run, asked))
     needed = estimate.calibrate(run, "resident")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cluster.executor import Replicas
 from models.atomic import text_digest
+from orchestrator import samples
 from orchestrator.preflight import Prepared, Variant
 from orchestrator.run_folder import MAIN
 from stages.calibrate import stage as calibrate
@@ -61,8 +62,9 @@ def calibrate_units(run: Prepared, engine: Engine) -> list[calibrate.ShardUnit]:
     }
     if (ranks := run.config.executor.ranks_per_replica) > 1:
         inputs["ranks"] = str(ranks)
+    config = run.config.calibrate
     return calibrate.plan(
-        run.config.calibrate,
+        config.model_copy(update={"sample": samples.settled_sample(config, run.moe)}),
         blocks=count_blocks(run.folder.calibration_tokens),
         corpus=run.folder.calibration_tokens,
         model=run.moe.checkpoint.folder,

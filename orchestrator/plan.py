@@ -108,7 +108,7 @@ def _sample(run: Prepared) -> list[Row]:
 
     done, peak = finished(run.folder.inputs, "safetensors"), estimate.inputs(run)
     found = [Row("inputs", layers, done, layers * size, layers * size, peak)]
-    if samples.evaluated(config):
+    if samples.evaluated(config, moe):
         experts = sum(moe.num_experts * moe.expert_bytes(layer) for layer in moe.layers)
         written = layers * run.calibration_domains * samples.table_size(moe)
         done, peak = finished(run.folder.subsample, "arrow"), estimate.subsample(run)

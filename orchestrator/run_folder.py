@@ -143,8 +143,9 @@ def check(folder: RunFolder, config: RunConfig, model: str) -> bool:
 def settled(config: RunConfig) -> dict[str, Any]:
     """The part of a config that decides results; where and how fast units run is not in it."""
     # Whether sums are made from the sample changes neither the sample nor anything else.
-    engine = {"engine": True, "memory_bytes": True, "sample": {"statistics"}}
-    free: dict[str, Any] = {"run_dir": True, "executor": True, "calibrate": engine}
+    free_here: dict[str, Any] = {"engine": True, "memory_bytes": True}
+    free_here |= {"min_tokens_per_expert": True, "sample": {"statistics"}}
+    free: dict[str, Any] = {"run_dir": True, "executor": True, "calibrate": free_here}
     values: dict[str, Any] = config.model_dump(mode="json", exclude=free)
     executor = config.executor
     # Left out where it is 1, as in the folders of runs that knew no replicas.

@@ -12,7 +12,7 @@ from models.expert_function import check_function
 from models.moe import MoeCheckpoint
 from models.tensors import read_metadata
 from orchestrator.run_folder import RunFolder
-from stages.calibrate.config import CalibrateConfig
+from stages.calibrate.config import CalibrateConfig, SampleConfig
 from stages.errors import StatisticsError
 from stages.inputs import stage as inputs
 from stages.subsample import stage as subsample
@@ -22,14 +22,24 @@ from stages.subsample.evaluate import CHUNK_BYTES, HELD_BYTES, outputs_bytes, to
 _COMPARED = 4
 
 
-def sampled_tokens(config: CalibrateConfig) -> int:
-    """N; 0 when nothing is sampled, or when another run observed."""
-    return 0 if config.statistics is not None else min(config.sample.tokens, config.data.tokens)
+def settled_sample(config: CalibrateConfig, moe: MoeCheckpoint) -> SampleConfig:
+    """What is sampled: nothing where another run observed, and nothing of an encoder-decoder.
+
+    Its encoder reads one half of a block and its decoder the other: no token passes all layers.
+    """
+    halved = bool(moe.checkpoint.config.get("is_encoder_decoder"))
+    off = halved or config.statistics is not None
+    return SampleConfig(tokens=0) if off else config.sample
 
 
-def evaluated(config: CalibrateConfig) -> bool:
+def sampled_tokens(config: CalibrateConfig, moe: MoeCheckpoint) -> int:
+    """N; 0 when nothing is sampled."""
+    return min(settled_sample(config, moe).tokens, config.data.tokens)
+
+
+def evaluated(config: CalibrateConfig, moe: MoeCheckpoint) -> bool:
     """Whether all experts run on the sample."""
-    return config.sample.statistics and sampled_tokens(config) > 0
+    return config.sample.statistics and sampled_tokens(config, moe) > 0
 
 
 def layer_bytes(config: CalibrateConfig, moe: MoeCheckpoint) -> int:
@@ -37,7 +47,7 @@ def layer_bytes(config: CalibrateConfig, moe: MoeCheckpoint) -> int:
     width = {"auto": 0, "float32": 4}.get(config.dtype, 2)
     width = width or -(-moe.checkpoint.nbytes // moe.checkpoint.parameters)
     row = width * _hidden(moe) + 12 * moe.top_k + 4 * moe.num_experts + 16
-    return sampled_tokens(config) * row
+    return sampled_tokens(config, moe) * row
 
 
 def table_size(moe: MoeCheckpoint) -> int:
@@ -48,19 +58,19 @@ def table_size(moe: MoeCheckpoint) -> int:
 
 def disk_bytes(config: CalibrateConfig, moe: MoeCheckpoint, domains: int) -> int:
     """What stays on disk: every input in its shard and in its layer's file, and the sums."""
-    sums = domains * table_size(moe) if evaluated(config) else 0
+    sums = domains * table_size(moe) if evaluated(config, moe) else 0
     return len(moe.layers) * (2 * layer_bytes(config, moe) + sums)
 
 
 def scratch_bytes(config: CalibrateConfig, moe: MoeCheckpoint) -> int:
     """Outputs of all experts of a layer on disk while one worker adds them up."""
-    size = outputs_bytes(sampled_tokens(config), moe.num_experts, _hidden(moe))
-    return size if evaluated(config) and size > HELD_BYTES else 0
+    size = outputs_bytes(sampled_tokens(config, moe), moe.num_experts, _hidden(moe))
+    return size if evaluated(config, moe) and size > HELD_BYTES else 0
 
 
 def pair_bytes(config: CalibrateConfig, moe: MoeCheckpoint) -> int:
     """Memory for the outputs of all experts and for one chunk of them."""
-    tokens, experts = sampled_tokens(config), moe.num_experts
+    tokens, experts = sampled_tokens(config, moe), moe.num_experts
     held = min(HELD_BYTES, outputs_bytes(tokens, experts, _hidden(moe)))
     return held + min(CHUNK_BYTES, tokens * token_bytes(experts, _hidden(moe)))
 
@@ -71,7 +81,7 @@ def check(config: CalibrateConfig, moe: MoeCheckpoint) -> None:
     Raises:
         CheckpointError: they compute a function that is not known here.
     """
-    if not evaluated(config):
+    if not evaluated(config, moe):
         return
     layer = moe.layers[0]
     tensors = moe.read_expert(layer, 0).tensors().values()

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 from stages.corpus.config import CorpusConfig
 from stages.settings import Settings
 
-VERSION = 1
+VERSION = 2
 
 Engine = Literal["resident", "streaming"]
 
@@ -41,6 +41,8 @@ class CalibrateConfig(Settings):
     memory_bytes: int | None = Field(default=None, gt=0)
     # null and tokens=0: off.
     sample: SampleConfig = SampleConfig()
+    # Experts that were selected by fewer tokens are named when calibration ends; 0 names none.
+    min_tokens_per_expert: int = Field(default=32, ge=0)
     # Decide again on what another run observed: its statistics.arrow. `data` is then not read.
     statistics: Path | None = None
 

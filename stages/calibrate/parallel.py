@@ -19,14 +19,8 @@ from cluster.expert_parallel import ExpertGroup, ExpertParallel
 from models.moe import MoeCheckpoint
 from models.partial import experts_module, load_part, read_fused
 from stages.calibrate.recorder import Recorder
-from stages.calibrate.stage import (
-    ShardUnit,
-    batches_of,
-    observe_batch,
-    recorder_of,
-    summary,
-    write_shard,
-)
+from stages.calibrate.resident import observe_batch
+from stages.calibrate.stage import ShardUnit, batches_of, recorder_of, summary, write_shard
 from stages.corpus.blocks import Batch, Block
 from stages.errors import ReplicaError
 from stages.unit import Done, execute

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import pyarrow as pa
 
+from stages.calibrate.finite import refuse_not_finite
 from stages.calibrate.observer import Routed, Sums, add, empty_sums
 from stages.calibrate.sample import Sample
 from stages.calibrate.sampled import SampledInputs
@@ -23,7 +24,13 @@ class Recorder:
         self.sampled = None if sample is None else SampledInputs(sample)
 
     def add(self, batch: Batch, seen: Mapping[int, Routed]) -> None:
-        """What one batch did in the layers that were watched."""
+        """What one batch did in the layers that were watched.
+
+        Raises:
+            StatisticsError: a router's logits or an expert's outputs are not finite.
+        """
+        for layer, routed in seen.items():
+            refuse_not_finite(layer, routed, batch)
         accumulate(self.sums, batch.domain, seen, self._num_experts)
         if self.sampled is not None:
             self.sampled.add(batch, seen)

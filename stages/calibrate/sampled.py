@@ -12,6 +12,7 @@ from torch import Tensor
 from stages.calibrate.observer import Routed
 from stages.calibrate.sample import Sample
 from stages.corpus.blocks import Batch
+from stages.errors import StatisticsError
 
 KINDS = ("hidden", "ids", "gates", "logits")
 
@@ -25,12 +26,17 @@ class SampledInputs:
         self._parts: dict[int, list[tuple[int, dict[str, Tensor]]]] = {}
 
     def add(self, batch: Batch, seen: Mapping[int, Routed]) -> None:
-        """Picks the sampled tokens of one batch. Batches may come in any order."""
+        """Picks the sampled tokens of one batch. Batches may come in any order.
+
+        Raises:
+            StatisticsError: a layer did not see every token once.
+        """
         stop = batch.start + len(batch.blocks)
         wanted = self._sample.within(batch.start, stop)
         rows = _rows(batch, self._sample.block[wanted], self._sample.position[wanted])
         for layer, routed in seen.items():
             parts = self._parts.setdefault(layer, [])
+            _refuse_other_tokens(batch, layer, routed)
             if len(rows) or not parts:  # without rows: once, for the shapes
                 parts.append((wanted.start, _picked(routed, rows)))
 
@@ -57,6 +63,15 @@ class SampledInputs:
             for kind in KINDS:
                 found[f"{layer}.{kind}"] = torch.cat([tensors[kind] for tensors in ordered])
         return found
+
+
+def _refuse_other_tokens(batch: Batch, layer: int, routed: Routed) -> None:
+    present, seen = sum(map(len, batch.rows)), len(routed.ids)
+    if present != seen:
+        raise StatisticsError(
+            f"layer {layer} saw {seen} tokens of a batch of {present}: no sample can be taken",
+            "set calibrate.sample=null",
+        )
 
 
 def _places(sample: Sample) -> dict[str, Any]:

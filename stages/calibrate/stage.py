@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import torch
 
 from models.arrow import write_table
 from models.streaming.model import open_streamed
@@ -20,12 +19,12 @@ from models.tensors import write_tensors
 from stages.calibrate import streaming
 from stages.calibrate.config import VERSION, CalibrateConfig, Engine, SampleConfig
 from stages.calibrate.merge_tables import add_files
-from stages.calibrate.observer import Observer
 from stages.calibrate.recorder import Recorder
+from stages.calibrate.resident import observe_batch
 from stages.calibrate.sample import sample_of
 from stages.corpus.blocks import Batch, batches
 from stages.corpus.stage import read_blocks
-from stages.model import batch_of, load_model, pad_id
+from stages.model import load_model
 from stages.unit import Fingerprint, OneFile
 
 _NOTHING = SampleConfig(tokens=0)
@@ -169,15 +168,6 @@ def summary(unit: ShardUnit, found: Sequence[Batch]) -> dict[str, Any]:
 def reduce(units: Sequence[ShardUnit]) -> pa.Table:
     """The sum over shards in shard order, each once, whatever order they ended in."""
     return add_files([unit.output for unit in units])
-
-
-@torch.inference_mode()
-def observe_batch(model: Any, batch: Batch, recorder: Recorder) -> None:
-    """One forward pass; hands what every layer did to `recorder`."""
-    ids, mask = batch_of(batch.rows, pad_id(model), model.device)
-    with Observer(model).observe(mask) as seen:
-        model.model(input_ids=ids, attention_mask=mask, use_cache=False)
-    recorder.add(batch, seen)
 
 
 def make_worker() -> Callable[[ShardUnit], Any]:

@@ -84,7 +84,7 @@ def test_a_sample_that_is_off_costs_nothing(inputs: Inputs) -> None:
 
 def test_a_sample_is_never_larger_than_the_text(inputs: Inputs) -> None:
     run = prepared(inputs, "calibrate.sample.tokens=1000000")
-    assert samples.sampled_tokens(run.config.calibrate) == 512
+    assert samples.sampled_tokens(run.config.calibrate, run.moe) == 512
 
 
 def test_large_outputs_are_counted_as_scratch(inputs: Inputs) -> None:

@@ -90,7 +90,7 @@ def test_a_run_goes_on_once_there_is_space_again(
     coalesce: Command, inputs: Inputs, small_disk: Path
 ) -> None:
     run_dir = small_disk / "run"
-    recipe = inputs.recipe(run_dir=str(run_dir), model__verify="full")
+    recipe = inputs.recipe(run_dir=str(run_dir), model__verify="full", calibrate__sample=None)
     filler = fill(small_disk, 96 << 10)
     assert_disk_full(coalesce("run", recipe, "--quiet"), run_dir)
     finished_before = len(list(run_dir.glob("calibration/shards/*.json")))
