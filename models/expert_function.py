@@ -8,6 +8,7 @@ A family whose experts compute something else (a clamp, another gate) is refused
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -16,16 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.blocks import find_blocks
 from models.errors import CheckpointError
 from models.expert import Expert
 from models.moe import MoeCheckpoint
-from models.partial import experts_module, read_fused
 
 Activation = Callable[[Tensor], Tensor]
 # Names that transformers' configs have for the activation of the experts, by precedence.
 _KEYS = ("hidden_act", "hidden_activation", "activation_function", "hidden_act_fn")
 # Of the largest output, in units of fp32's own rounding: another order of the same additions.
 _TOLERANCE = 64
+_MATRICES = ("gate", "up", "down")
 
 
 def activations(expert: Expert, x: Tensor, act: Activation) -> Tensor:
@@ -72,7 +74,7 @@ def check_function(moe: MoeCheckpoint, layer: int, hidden: Tensor) -> None:
     x, expert = hidden.float(), moe.read_expert(layer, 0).map(Tensor.float)
     found = output(expert, activations(expert, x, activation(moe.checkpoint.config)))
     zeros, ones = torch.zeros(len(x), 1, dtype=torch.int64), torch.ones(len(x), 1)
-    expected = _single(moe, layer)(x, zeros, ones)
+    expected = _single(moe, layer, expert)(x, zeros, ones)
     difference = float((found - expected).abs().max())
     largest = float(expected.abs().max())
     allowed = _TOLERANCE * torch.finfo(torch.float32).eps * largest
@@ -86,12 +88,25 @@ def check_function(moe: MoeCheckpoint, layer: int, hidden: Tensor) -> None:
         )
 
 
-def _single(moe: MoeCheckpoint, layer: int) -> nn.Module:
-    """The family's module of routed experts with the first expert alone, fp32, on the CPU."""
-    kind = experts_module(moe, _skeleton(moe.checkpoint.folder), layer)
-    with torch.device("meta"):
-        module: nn.Module = type(kind)(kind.config)
-    for name, tensor in read_fused(moe, layer, range(1), torch.float32).items():
+def _single(moe: MoeCheckpoint, layer: int, expert: Expert) -> nn.Module:
+    """The family's module of routed experts with one expert alone, fp32, on the CPU.
+
+    Raises:
+        CheckpointError: it holds its weights in another way than gate and up rows in one tensor.
+    """
+    module = copy.deepcopy(find_blocks(_skeleton(moe.checkpoint.folder))[layer].experts)
+    fused = {"down_proj": expert.down.unsqueeze(0)}
+    if expert.gate is not None:
+        fused["gate_up_proj"] = torch.cat([expert.gate, expert.up]).unsqueeze(0)
+    shapes = {name: tuple(p.shape[1:]) for name, p in module.named_parameters()}
+    wanted = {name: tuple(tensor.shape[1:]) for name, tensor in fused.items()}
+    if shapes != wanted or len(expert.tensors()) != len(_MATRICES):
+        raise CheckpointError(
+            f"{moe.family.model_type} holds its experts as {shapes}: evaluating them on their own"
+            f" is supported for {wanted}",
+            "set calibrate.sample.statistics=false",
+        )
+    for name, tensor in fused.items():
         setattr(module, name, nn.Parameter(tensor, requires_grad=False))
     module.num_experts = 1  # type: ignore[assignment]
     return module.eval()

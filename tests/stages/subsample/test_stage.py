@@ -13,7 +13,6 @@ import torch
 from models.arrow import write_table
 from models.errors import CheckpointError
 from models.moe import MoeCheckpoint
-from models.partial import load_part
 from models.tensors import write_tensors
 from stages.errors import StatisticsError
 from stages.inputs.read import LayerInputs
@@ -21,7 +20,7 @@ from stages.subsample import evaluate
 from stages.subsample.columns import VECTORS, Sums, empty_sums, table_bytes
 from stages.subsample.read import SubsampleStatistics
 from stages.subsample.stage import SubsampleUnit, run_one
-from tests.tiny import EXPERTS, FAMILIES, HIDDEN, MOE_LAYERS, TOP_K, WIDTH, save_tiny
+from tests.tiny import EXPERTS, FAMILIES, HIDDEN, MOE_LAYERS, TOP_K, WIDTH, open_model, save_tiny
 
 TOKENS, DOMAINS = 23, ("code", "prose")
 
@@ -73,7 +72,7 @@ def written(unit: SubsampleUnit) -> SubsampleStatistics:
 def oracle(unit: SubsampleUnit) -> dict[str, Sums]:
     """Token by token and pair by pair; outputs by the transformers module, neurons by hand."""
     inputs = LayerInputs.read(unit.inputs)
-    model = load_part(unit.moe, range(EXPERTS), "float32")
+    model = open_model(unit.moe.checkpoint.folder).float()
     block = unit.moe.family.memory_block
     module = model.get_submodule(f"model.layers.{unit.layer}.{block}.experts")
     hidden, gates = inputs.hidden.float(), inputs.dense_gates().numpy()
