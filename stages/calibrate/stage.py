@@ -145,11 +145,11 @@ def batches_of(unit: ShardUnit) -> list[Batch]:
     return list(batches(blocks, unit.batch_size, unit.start))
 
 
-def recorder_of(unit: ShardUnit) -> Recorder:
+def recorder_of(unit: ShardUnit, kind: type[Recorder] = Recorder) -> Recorder:
     """What a shard, or a part of its batches, is gathered in."""
     sample = unit.sample
     kept = sample_of(unit.corpus, sample.tokens, sample.seed) if sample.tokens else None
-    return Recorder(unit.num_experts, kept)
+    return kind(unit.num_experts, kept)
 
 
 def write_shard(unit: ShardUnit, recorder: Recorder) -> None:

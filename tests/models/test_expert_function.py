@@ -61,5 +61,5 @@ def test_a_result_that_is_no_number_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("config", [{}, {"hidden_act": "no_such"}, {"hidden_act": None}], ids=str)
 def test_an_activation_that_nobody_knows_is_refused(config: dict[str, object]) -> None:
-    with pytest.raises(CheckpointError, match="config.json names the activation"):
+    with pytest.raises(CheckpointError, match="names the activation"):
         activation(config)
