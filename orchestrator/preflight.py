@@ -16,7 +16,7 @@ from models.atomic import file_digest
 from models.errors import CheckpointError, DiskFull
 from models.moe import MoeCheckpoint
 from models.skeleton import check_dense_tensors
-from orchestrator import run_folder
+from orchestrator import run_folder, samples
 from orchestrator.compatibility import check_same_tokenizer, check_seq2seq, check_tokenizer
 from orchestrator.config import ModelConfig, RunConfig
 from orchestrator.errors import ConfigError
@@ -77,6 +77,7 @@ def prepare(config: RunConfig) -> Prepared:
     tokenizer = config.model.tokenizer or moe.checkpoint.folder
     if config.calibrate.statistics is not None:
         check_statistics(config.calibrate.statistics, moe, model, tokenizer)
+        samples.layer_inputs(folder, config.calibrate, moe)
     found = _variants(config, moe)
     for variant in found:
         expected_decisions(variant, moe)
@@ -279,13 +280,14 @@ def _check_digest(path: Path) -> None:
 
 
 def disk_bytes(prepared: Prepared) -> int:
-    """What the run writes at its peak: every variant's files, distributions and blocks."""
+    """What the run writes at its peak: every variant's files, samples, distributions, blocks."""
     files = sum(
         layout.file_bytes
         for variant in prepared.variants
         for layout in expected_layouts(variant, prepared.moe)
     )
-    evaluate = prepared.config.evaluate
+    evaluate, domains = prepared.config.evaluate, prepared.calibration_domains
+    files += samples.disk_bytes(prepared.config.calibrate, prepared.moe, domains)
     if evaluate is None:
         return files
     vocabulary = int(prepared.moe.checkpoint.config["vocab_size"])

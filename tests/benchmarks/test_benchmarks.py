@@ -22,7 +22,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["alignment", "observe"])
+@pytest.mark.parametrize("name", ["alignment", "merge_shards", "observe"])
 def test_a_quick_benchmark_ends_with_its_figures_as_json(name: str) -> None:
     words = [sys.executable, "-m", f"benchmarks.{name}", "--quick"]
     done = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, check=False)
