@@ -12,6 +12,7 @@ from torch import Tensor
 from models.expert import Expert
 from models.mapped.registration import config_json, modeling_source
 from models.moe import MoeCheckpoint
+from models.support import require
 from stages.export.config import ExportConfig
 from stages.export.formats.expanded import refuse_dropped
 from stages.group.decision import LayerDecision
@@ -25,7 +26,7 @@ class Mapped:
 
     def check(self, moe: MoeCheckpoint, decisions: Sequence[LayerDecision]) -> None:
         """Every expert needs a group; any number per layer will do."""
-        moe.family.require("mapped")
+        require(moe.family, "mapped")
         refuse_dropped(decisions, "mapped")
 
     def layer_tensors(
