@@ -13,7 +13,7 @@ from models.checkpoint import FLOAT_BYTES, Checkpoint, TensorInfo
 from models.errors import CheckpointError
 from models.expert import Expert
 from models.families import Family, find_family
-from models.quantised import dequantised
+from models.quantised import Dequantised, dequantised
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,11 @@ class MoeCheckpoint:
         _check_router_groups(moe)
         _check_expert_grid(moe)
         return moe
+
+    @property
+    def quantised(self) -> bool:
+        """True where the files hold 4 or 8 bits and everything here is decoded from them."""
+        return isinstance(self.checkpoint, Dequantised)
 
     @property
     def hidden_size(self) -> int:

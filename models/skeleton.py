@@ -9,12 +9,15 @@ from models.errors import CheckpointError
 from models.moe import MoeCheckpoint
 
 
-def check_dense_tensors(moe: MoeCheckpoint) -> None:
+def check_dense_tensors(moe: MoeCheckpoint) -> set[str]:
     """Compares every tensor outside the experts with the model transformers would build.
 
     transformers itself only warns about a missing tensor and starts it from random numbers.
     Tensors that the family's class declares it will not load (layers that predict further tokens)
     are accepted, and copied as they are.
+
+    Returns:
+        their names on disk.
 
     Raises:
         CheckpointError: config.json makes no model; a tensor is missing, unexpected or of another
@@ -43,6 +46,7 @@ def check_dense_tensors(moe: MoeCheckpoint) -> None:
             f"{len(extra)} unexpected tensor(s) in {where}, first {extra[0]}",
             "config.json does not belong to these weights, or the family is not supported",
         )
+    return ignored
 
 
 def unloaded_elements(moe: MoeCheckpoint) -> int:
@@ -58,11 +62,6 @@ def unloaded_elements(moe: MoeCheckpoint) -> int:
         if (name in ignored or moe.family.memory_name(name) in tied)
         and info.meta().is_floating_point()
     )
-
-
-def ignored_tensors(moe: MoeCheckpoint) -> set[str]:
-    """Disk names that transformers does not load; they are copied, nothing in them is merged."""
-    return _ignored(moe, _build(moe))
 
 
 def _build(moe: MoeCheckpoint) -> Any:

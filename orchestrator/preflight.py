@@ -16,6 +16,7 @@ from models.atomic import file_digest
 from models.errors import CheckpointError, DiskFull
 from models.moe import MoeCheckpoint
 from models.skeleton import check_dense_tensors
+from models.support import reasons
 from orchestrator import run_folder
 from orchestrator.config import ModelConfig, RunConfig
 from orchestrator.errors import ConfigError
@@ -57,6 +58,8 @@ class Prepared:
     resumes: bool
     calibration_domains: int
     evaluation_domains: int
+    # What the reader of the report should know about this checkpoint.
+    notes: tuple[str, ...] = ()
 
 
 def prepare(config: RunConfig) -> Prepared:
@@ -66,9 +69,9 @@ def prepare(config: RunConfig) -> Prepared:
         UserError: with cause, numbers and remedy.
     """
     moe = MoeCheckpoint.open(resolve_model(config.model), allow_links=config.model.allow_links)
-    check_dense_tensors(moe)
+    copied = check_dense_tensors(moe)
     check_ranks(config.executor.ranks_per_replica, moe)
-    _check_engine(config)
+    _check_engine(config, moe)
     evaluate = config.evaluate
     calibrated = None if config.calibrate.statistics is not None else config.calibrate.data
     calibration_domains = _check_text(calibrated, moe)
@@ -94,6 +97,7 @@ def prepare(config: RunConfig) -> Prepared:
         resumes=resumes,
         calibration_domains=calibration_domains,
         evaluation_domains=evaluation_domains,
+        notes=_notes(moe, copied),
     )
     _check_disk(prepared)
     return prepared
@@ -124,8 +128,33 @@ def resolve_model(config: ModelConfig) -> Path:
     return Path(found)
 
 
-def _check_engine(config: RunConfig) -> None:
+def not_streamed(moe: MoeCheckpoint) -> str | None:
+    """Why this checkpoint cannot be observed layer by layer, or by several ranks; None: it can."""
+    if moe.quantised:
+        return "its weights are quantised, and only the whole model is decoded"
+    return reasons(moe.family).get("streaming")
+
+
+def _notes(moe: MoeCheckpoint, copied: set[str]) -> tuple[str, ...]:
+    found = []
+    if copied:
+        found.append(
+            f"{len(copied)} tensors are copied as they are, first {min(copied)}: the model does not"
+            " load them (layers that predict further tokens), and nothing in them is merged"
+        )
+    if moe.quantised:
+        found.append("the weights were decoded; the output is not quantised")
+    return tuple(found)
+
+
+def _check_engine(config: RunConfig, moe: MoeCheckpoint) -> None:
     ranks = config.executor.ranks_per_replica
+    why = not_streamed(moe)
+    if why is not None and (ranks > 1 or config.calibrate.engine == "streaming"):
+        raise ConfigError(
+            f"{moe.checkpoint.folder} is observed by one process that holds all of it: {why}",
+            "set calibrate.engine=resident and executor.ranks_per_replica=1",
+        )
     if ranks > 1 and config.calibrate.engine == "streaming":
         raise ConfigError(
             f"calibrate.engine=streaming runs in one process, ranks_per_replica is {ranks}",

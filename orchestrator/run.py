@@ -155,7 +155,7 @@ def _decide(
 ) -> list[Decided]:
     """Decisions of the main variant and the baselines, from the same statistics."""
     statistics = layers_of(table)
-    for message in group.warnings(statistics):
+    for message in (*prepared.notes, *group.warnings(statistics)):
         events.emit("warning", message=message)
     with scheduler.here("group"):
         return [_decide_one(prepared, variant, statistics) for variant in prepared.variants]

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.checkpoint import Checkpoint
+from models.quantised import Dequantised, dequantised
+
 
 def load_model(folder: Path, dtype: str, *, trust_remote_code: bool = False) -> Any:
     """A causal LM in eval mode on this worker's device.
@@ -22,11 +25,29 @@ def load_model(folder: Path, dtype: str, *, trust_remote_code: bool = False) -> 
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, local_files_only=True, trust_remote_code=trust_remote_code
-    )
+    checkpoint = dequantised(Checkpoint.open(folder, allow_links=True))
+    if isinstance(checkpoint, Dequantised):
+        model = load_decoded(checkpoint, dtype)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, trust_remote_code=trust_remote_code
+        )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device).eval()
+
+
+def load_decoded(checkpoint: Dequantised, dtype: str) -> Any:
+    """A quantised causal LM in floating point, all of it decoded first.
+
+    transformers decodes on a CPU too, but only with another package, and not all block shapes.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(**checkpoint.config)
+    with torch.device("meta"):
+        kind = type(AutoModelForCausalLM.from_config(config))
+    tensors = checkpoint.read(checkpoint.tensors)
+    return kind.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
 
 
 def pad_id(model: Any) -> int:

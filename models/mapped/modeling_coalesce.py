@@ -130,7 +130,7 @@ def _block_path(layer: nn.Module) -> str | None:
     for path, module in layer.named_modules():
         children = dict(module.named_children())
         if "experts" in children and any(router in children for router in _ROUTERS):
-            return path
+            return str(path)
     return None
 
 
@@ -143,7 +143,7 @@ def _insert_merged_experts(model: PreTrainedModel) -> None:
         layer.set_submodule(_block_path(layer), _mapped_block(block, config, index, kept))
 
 
-def _mapped_block(block: Any, config: PreTrainedConfig, layer: int, kept: int) -> nn.Module:
+def _mapped_block(block: Any, config: PreTrainedConfig, layer: int, kept: int) -> Any:
     """The family's block with a router for E experts, of which `kept` are stored."""
     parameters = inspect.signature(type(block)).parameters
     position = {"layer_idx": layer} if "layer_idx" in parameters else {}
@@ -153,7 +153,8 @@ def _mapped_block(block: Any, config: PreTrainedConfig, layer: int, kept: int) -
     wide.experts = nn.Module()
     wide.to_empty(device=device)
     wide.experts = _merged_experts(type(block.experts), config, kept)
-    return wide.train(block.training)
+    wide.train(block.training)
+    return wide
 
 
 def _merged_experts(family: type[nn.Module], config: PreTrainedConfig, kept: int) -> nn.Module:

@@ -66,7 +66,7 @@ def collect(found: Collected) -> dict[str, Any]:
         "format": config.export.format,
         **_sizes(found),
         **_layers(found),
-        "warnings": warnings(layers_of(found.statistics)),
+        "warnings": [*found.prepared.notes, *warnings(layers_of(found.statistics))],
         "tokens": _tokens(found),
         "calibrate": _engines(found),
         "routing": _routing(found.statistics),
