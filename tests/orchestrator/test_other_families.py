@@ -35,14 +35,15 @@ def test_an_encoder_decoder_is_never_streamed(coalesce: Command, inputs: Inputs)
 
     assert found.engine == "resident"
     assert "its decoder layers also need the encoder's output" in found.why
-    for override in ("calibrate.engine=streaming", "executor.ranks_per_replica=2"):
+    ranks = ("executor.kind=ray", "executor.ranks_per_replica=2")
+    for overrides in (("calibrate.engine=streaming",), ranks):
         assert_refused(
             coalesce,
             inputs,
             inputs.recipe(),
             "is observed by one process that holds all of it",
             "set calibrate.engine=resident",
-            overrides=(override,),
+            overrides=overrides,
         )
 
 

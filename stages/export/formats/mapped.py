@@ -38,9 +38,9 @@ class Mapped:
         config: ExportConfig,
     ) -> dict[str, Tensor]:
         """Fused experts [K, ...], expert_map [E], and the router untouched, all as in memory."""
+        require(moe.family, "mapped")
         storage = moe.family.memory_experts
-        if storage is None:
-            raise NotImplementedError(f"{moe.family.model_type} has no mapped form")
+        assert storage is not None
         block = moe.family.memory_prefix(decision.layer)
         return {
             **{moe.family.memory_name(name): tensor for name, tensor in routers.items()},
