@@ -9,7 +9,7 @@ from pathlib import Path
 
 from orchestrator import estimate
 from orchestrator.estimate import human
-from orchestrator.preflight import Prepared
+from orchestrator.preflight import Prepared, not_streamed
 from stages.calibrate.config import Engine
 
 _CGROUP = Path("/sys/fs/cgroup")
@@ -40,6 +40,8 @@ def choose(run: Prepared) -> Choice:
     if asked != "auto":
         return Choice(asked, f"calibrate.engine={asked}", estimate.calibrate(run, asked))
     needed = estimate.calibrate(run, "resident")
+    if (reason := not_streamed(run.moe)) is not None:
+        return Choice("resident", f"it cannot be streamed: {reason}", needed)
     budget, source = worker_budget(run)
     engine: Engine = "resident" if needed <= budget else "streaming"
     fits = "fits" if needed <= budget else "does not fit"

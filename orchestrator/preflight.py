@@ -16,6 +16,7 @@ from models.atomic import file_digest
 from models.errors import CheckpointError, DiskFull
 from models.moe import MoeCheckpoint
 from models.skeleton import check_dense_tensors
+from models.support import reasons
 from orchestrator import run_folder, samples
 from orchestrator.compatibility import check_same_tokenizer, check_seq2seq, check_tokenizer
 from orchestrator.config import ModelConfig, RunConfig
@@ -27,7 +28,7 @@ from stages.corpus.read import check_source
 from stages.errors import BudgetError, DataError, StatisticsError
 from stages.export.config import ExportConfig
 from stages.export.formats import FORMATS
-from stages.export.layout import FileLayout, file_layouts, placeholder, sizes
+from stages.export.layout import FileLayout, file_layouts, placeholder, router_groups, sizes
 from stages.group.budget import adaptive, total_experts, uniform
 from stages.group.config import METHODS, AnyMethod, Budget, Frequency, McSmoe, Reap
 from stages.group.decision import LayerDecision, from_labels
@@ -57,6 +58,8 @@ class Prepared:
     resumes: bool
     calibration_domains: int
     evaluation_domains: int
+    # What the reader of the report should know about this checkpoint.
+    notes: tuple[str, ...] = ()
 
 
 def prepare(config: RunConfig) -> Prepared:
@@ -66,7 +69,7 @@ def prepare(config: RunConfig) -> Prepared:
         UserError: with cause, numbers and remedy.
     """
     moe = MoeCheckpoint.open(resolve_model(config.model), allow_links=config.model.allow_links)
-    check_dense_tensors(moe)
+    copied = check_dense_tensors(moe)
     check_ranks(config.executor.ranks_per_replica, moe)
     _check_engine(config, moe)
     evaluate = config.evaluate
@@ -95,6 +98,7 @@ def prepare(config: RunConfig) -> Prepared:
         resumes=resumes,
         calibration_domains=calibration_domains,
         evaluation_domains=evaluation_domains,
+        notes=_notes(moe, copied),
     )
     _check_disk(prepared)
     return prepared
@@ -125,8 +129,33 @@ def resolve_model(config: ModelConfig) -> Path:
     return Path(found)
 
 
+def not_streamed(moe: MoeCheckpoint) -> str | None:
+    """Why this checkpoint cannot be observed layer by layer, or by several ranks; None: it can."""
+    if moe.quantised:
+        return "its weights are quantised, and only the whole model is decoded"
+    return reasons(moe.family).get("streaming")
+
+
+def _notes(moe: MoeCheckpoint, copied: set[str]) -> tuple[str, ...]:
+    found = []
+    if copied:
+        found.append(
+            f"{len(copied)} tensors are copied as they are, first {min(copied)}: the model does not"
+            " load them (layers that predict further tokens), and nothing in them is merged"
+        )
+    if moe.quantised:
+        found.append("the weights were decoded; the output is not quantised")
+    return tuple(found)
+
+
 def _check_engine(config: RunConfig, moe: MoeCheckpoint) -> None:
     ranks = config.executor.ranks_per_replica
+    why = not_streamed(moe)
+    if why is not None and (ranks > 1 or config.calibrate.engine == "streaming"):
+        raise ConfigError(
+            f"{moe.checkpoint.folder} is observed by one process that holds all of it: {why}",
+            "set calibrate.engine=resident and executor.ranks_per_replica=1",
+        )
     if ranks > 1 and config.calibrate.engine == "streaming":
         raise ConfigError(
             f"calibrate.engine=streaming runs in one process, ranks_per_replica is {ranks}",
@@ -234,8 +263,8 @@ def in_experts(variant: Variant, moe: MoeCheckpoint) -> Variant:
 
     full = expected_layouts(with_experts(merged * moe.num_experts), moe)
     headers = sum(layout.file_bytes - layout.tensor_bytes for layout in full)
-    fewest = moe.top_k if variant.export.format == "native" else 1
-    step = 1 if _is_global(method) else max(merged, 1)
+    fewest = moe.native_count(1) if variant.export.format == "native" else 1
+    step = 1 if _is_global(method) else max(merged, 1) * router_groups(moe, variant.export)
     counts = range(fewest * merged, merged * moe.num_experts + 1, step)
     fitting = bisect_right(counts, target, key=size)
     if not fitting:
@@ -312,7 +341,7 @@ def _baseline_experts(main: Variant, moe: MoeCheckpoint) -> int:
     """Experts per layer that cost at least the bytes of the main variant: no unfair baseline."""
     decisions = expected_decisions(main, moe)
     total = sum(len(decision.representatives) for decision in decisions)
-    return max(-(-total // len(decisions)), moe.top_k)
+    return moe.native_count(-(-total // len(decisions)))
 
 
 def _check_text(data: CorpusConfig | None, moe: MoeCheckpoint) -> int:

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.checkpoint import Checkpoint
+from models.quantised import Dequantised, dequantised
+
 
 def load_model(folder: Path, dtype: str, *, trust_remote_code: bool = False) -> Any:
     """A causal LM, or an encoder-decoder, in eval mode on this worker's device.
@@ -22,12 +25,30 @@ def load_model(folder: Path, dtype: str, *, trust_remote_code: bool = False) -> 
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-    config = AutoConfig.from_pretrained(folder, **options)
-    kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    model = kind.from_pretrained(folder, dtype=dtype, **options)
+    checkpoint = dequantised(Checkpoint.open(folder, allow_links=True))
+    if isinstance(checkpoint, Dequantised):
+        model = load_decoded(checkpoint, dtype)
+    else:
+        options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+        config = AutoConfig.from_pretrained(folder, **options)
+        kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        model = kind.from_pretrained(folder, dtype=dtype, **options)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device).eval()
+
+
+def load_decoded(checkpoint: Dequantised, dtype: str) -> Any:
+    """A quantised causal LM in floating point, all of it decoded first.
+
+    transformers decodes on a CPU too, but only with another package, and not all block shapes.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(**checkpoint.config)
+    with torch.device("meta"):
+        kind = type(AutoModelForCausalLM.from_config(config))
+    tensors = checkpoint.read(checkpoint.tensors)
+    return kind.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
 
 
 def pad_id(model: Any) -> int:

@@ -66,9 +66,12 @@ def collect(found: Collected) -> dict[str, Any]:
         "format": config.export.format,
         **_sizes(found),
         **_layers(found),
-        "warnings": coverage.warnings(
-            layers_of(found.statistics), config.calibrate.min_tokens_per_expert
-        ),
+        "warnings": [
+            *found.prepared.notes,
+            *coverage.warnings(
+                layers_of(found.statistics), config.calibrate.min_tokens_per_expert
+            ),
+        ],
         "tokens": _tokens(found),
         "calibrate": _engines(found),
         "routing": _routing(found.statistics),

@@ -13,6 +13,18 @@ FAMILIES = {
     "olmoe": "OLMoE",
     "phimoe": "Phi-MoE",
     "gpt_oss": "gpt-oss",
+    "minimax": "MiniMax-01",
+    "minimax_m2": "MiniMax-M2",
+    "qwen3_next": "Qwen3-Next",
+    "glm4_moe": "GLM-4.5",
+    "ernie4_5_moe": "ERNIE 4.5",
+    "hunyuan_v1_moe": "Hunyuan",
+    "afmoe": "AFMoE",
+    "lfm2_moe": "LFM2-MoE",
+    "jamba": "Jamba",
+    "granitemoe": "Granite MoE",
+    "switch_transformers": "Switch Transformers",
+    "nllb-moe": "NLLB-MoE",
 }
 ACRONYMS = {"reap": "REAP", "ean": "EAN", "loo": "LOO"}
 

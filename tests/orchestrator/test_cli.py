@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from models.checkpoint import Checkpoint
-from models.families import FAMILIES
+from models.families import FAMILIES, REFUSED
+from models.support import matrix
 from orchestrator.load import recipes
 from stages.export.formats import FORMATS
 from stages.group.config import METHODS
@@ -92,7 +93,7 @@ def test_no_words_at_all_show_the_help(coalesce: Command) -> None:
     ("what", "names"),
     [
         ("methods", set(METHODS)),
-        ("families", set(FAMILIES)),
+        ("families", {*FAMILIES, *REFUSED}),
         ("recipes", set(recipes())),
         ("exporters", set(FORMATS)),
     ],
@@ -103,6 +104,22 @@ def test_ls_prints_a_line_for_every_name(coalesce: Command, what: str, names: se
     assert outcome.code == 0
     assert set(lines) == names
     assert all(lines.values())
+
+
+def test_ls_of_families_has_the_whole_matrix_in_json(coalesce: Command) -> None:
+    outcome = coalesce("ls", "families", "--json")
+
+    assert outcome.code == 0
+    found = json.loads(outcome.out)
+    assert found == matrix()
+    assert found["mixtral"]["native"] == "supported"
+    assert found["switch_transformers"]["mapped"].startswith("unsupported: ")
+
+
+def test_ls_of_others_has_no_json(coalesce: Command) -> None:
+    outcome = coalesce("ls", "methods", "--json")
+    assert outcome.code == 2
+    assert "`coalesce ls families --json`" in outcome.err
 
 
 def test_ls_of_something_else_names_what_can_be_listed(coalesce: Command) -> None:
