@@ -51,8 +51,6 @@ def calibrate_units(run: Prepared, engine: Engine) -> list[calibrate.ShardUnit]:
         "corpus": read_digests(beside(run.folder.calibration_tokens)),
         "threads": str(run.config.executor.threads_per_unit),
     }
-    if (ranks := run.config.executor.ranks_per_replica) > 1:
-        inputs["ranks"] = str(ranks)
     return calibrate.plan(
         run.config.calibrate,
         blocks=count_blocks(run.folder.calibration_tokens),
@@ -72,7 +70,9 @@ def replicas(run: Prepared) -> Replicas[calibrate.ShardUnit, Done] | None:
         return None
     from stages.calibrate.parallel import make_rank
 
-    return Replicas(executor.ranks_per_replica, make_rank, executor.placement)
+    return Replicas(
+        executor.ranks_per_replica, make_rank, executor.placement, executor.rank_timeout_s
+    )
 
 
 def transform_units(

@@ -135,11 +135,7 @@ def settled(config: RunConfig) -> dict[str, Any]:
     engine = {"engine", "memory_bytes"}
     free: dict[str, Any] = {"run_dir": True, "executor": True, "calibrate": engine}
     values: dict[str, Any] = config.model_dump(mode="json", exclude=free)
-    executor = config.executor
-    # Left out where it is 1, as in the folders of runs that knew no replicas.
-    ranks = {"ranks_per_replica": executor.ranks_per_replica}
-    values |= ranks if executor.ranks_per_replica > 1 else {}
-    return values | {"threads_per_unit": executor.threads_per_unit}
+    return values | {"threads_per_unit": config.executor.threads_per_unit}
 
 
 def refuse_changed(folder: RunFolder, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

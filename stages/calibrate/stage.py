@@ -101,12 +101,7 @@ class Replica:
         found = batches_of(unit)
         recorder = Recorder(unit.num_experts)
         streaming.remove_stale(unit.output)
-        model = self._model(unit)
-        if unit.engine == "streaming":
-            streaming.observe(model, found, recorder, unit.output)
-        else:
-            for batch in found:
-                observe_batch(model, batch, recorder)
+        observe(self._model(unit), unit, found, recorder)
         write_table(unit.output, recorder.table(dict(unit.inputs)))
         return summary(unit, found)
 
@@ -134,6 +129,15 @@ def summary(unit: ShardUnit, found: Sequence[Batch]) -> dict[str, Any]:
 def reduce(units: Sequence[ShardUnit]) -> pa.Table:
     """The sum over shards in shard order, each once, whatever order they ended in."""
     return add_tables(read_statistics(unit.output) for unit in units)
+
+
+def observe(model: Any, unit: ShardUnit, found: Sequence[Batch], recorder: Recorder) -> None:
+    """Takes the batches through the model by the unit's engine; both give the same sums."""
+    if unit.engine == "streaming":
+        streaming.observe(model, found, recorder, unit.output)
+        return
+    for batch in found:
+        observe_batch(model, batch, recorder)
 
 
 @torch.inference_mode()

@@ -43,56 +43,99 @@ def run_ranks(
     ]
 
 
-def families(folder: Path, group: Any) -> None:
-    """Everything that is compared with one process, for every checkpoint in the folder."""
+CASES = [(dtype, engine) for dtype in ("auto", "bfloat16") for engine in ("resident", "streaming")]
+
+
+def case_folder(dtype: str, engine: str) -> str:
+    """Where the shards of a case are written."""
+    return f"{dtype}-{engine}"
+
+
+def shards(folder: Path, group: Any) -> None:
+    """Observes the shards with every checkpoint in the folder, in every type, by both engines."""
+    from tests.cluster.shards import units_of
+
+    for model in sorted(folder.glob("model-*")):
+        for dtype, engine in CASES:
+            output = case_folder(dtype, engine)
+            units = units_of(model, folder, output=output, dtype=dtype, engine=engine)
+            found = run_bundles(units, group), run_bundles(units, group)
+            torch_save(found, folder / f"{model.name}-{output}-{group.rank}.pt")
+
+
+def run_bundles(units: Any, group: Any) -> list[Any]:
+    """What this rank returns for one bundle after the other."""
+    from stages.calibrate.parallel import Rank
+
+    rank, starts = Rank(group), range(0, len(units), group.size)
+    return [rank.run(units[start : start + group.size]) for start in starts]
+
+
+def logits(folder: Path, group: Any) -> None:
+    """Logits, expert choices and shares of every checkpoint in the folder."""
     import torch
 
-    from models.moe import MoeCheckpoint
-    from stages.calibrate.parallel import Rank, check_layers, load_rank
+    from models.blocks import find_blocks
+    from stages.calibrate.distributed import check_blocks, open_rank
     from stages.errors import ReplicaError
-    from tests.cluster.shards import unit_of
     from tests.tiny import logits_of, random_ids
 
     for model_folder in sorted(folder.glob("model-*")):
-        moe = MoeCheckpoint.open(model_folder)
-        model = load_rank(model_folder, "auto", group)
-        found: dict[str, Any] = {
-            # Another number of tokens on every rank.
-            "logits": logits_of(model, random_ids(1 + group.rank, 7 + 4 * group.rank, group.rank)),
-            "experts": model.model.layers[moe.layers[0]].mlp.experts.local.down_proj.shape[0],
-        }
-        half = load_rank(model_folder, "bfloat16", group)
-        found["half"] = logits_of(half, random_ids(2, 9, group.rank))
-        rank = Rank(group)
-        unit = unit_of(model_folder, folder)
-        first, second = rank.run(unit), rank.run(unit)
-        found["first"], found["second"] = first, second
+        rank = open_rank(model_folder, "auto", "resident", group)
+        blocks = find_blocks(rank.model)
+        counts: dict[int, Any] = {}
+        for layer, block in blocks.items():
+            block.experts.register_forward_pre_hook(
+                lambda module, args, layer=layer: counts.update(
+                    {layer: torch.bincount(args[1].reshape(-1), minlength=module.num_experts)}
+                )
+            )
+        # Another number of tokens on every rank.
+        ids = random_ids(1 + group.rank, 7 + 4 * group.rank, group.rank)
+        found: dict[str, Any] = {"logits": logits_of(rank.model, ids), "counts": dict(counts)}
+        own = next(iter(blocks.values())).experts
+        found["held"] = {name: len(tensor) for name, tensor in own.named_parameters()}
         if group.rank == 1:
-            model.model.layers[moe.layers[0]].mlp.experts.local.down_proj *= 1.5
+            for tensor in own.parameters():
+                tensor.data.mul_(1.5)
         try:
-            check_layers(moe, model, group)
+            check_blocks(rank, whole_of(model_folder), group)
         except ReplicaError as error:
             found["refused"] = str(error)
-        torch.save(found, folder / f"{model_folder.name}-{group.rank}.pt")
+        torch_save(found, folder / f"{model_folder.name}-logits-{group.rank}.pt")
+
+
+def whole_of(folder: Path) -> Any:
+    """Layers with all their experts."""
+    from models.streaming.model import open_streamed
+
+    return open_streamed(folder, "auto", layers_only=True)
+
+
+def torch_save(found: Any, path: Path) -> None:
+    """For `torch.load`."""
+    import torch
+
+    torch.save(found, path)
 
 
 def lose_a_peer(folder: Path, group: Any) -> None:
     """Rank 1 dies; rank 0 says what it saw."""
     from cluster.errors import LostPeer
 
-    assert group.agree(group.rank == 0)
+    assert group.largest(group.rank) == group.size - 1
     if group.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     try:
-        group.gather(group.rank)
-        group.agree(True)
+        group.largest(0)
+        group.largest(0)
     except LostPeer as error:
         (folder / "seen").write_text(str(error))
 
 
 def join_only(folder: Path, group: Any) -> None:
-    """The group stands and carries a word."""
-    assert group.agree(group.rank == 0)
+    """The group stands and carries a number."""
+    assert group.largest(group.rank) == group.size - 1
 
 
 def main() -> None:
