@@ -10,7 +10,7 @@ from pydantic import Field
 from stages.corpus.config import CorpusConfig
 from stages.settings import Settings
 
-VERSION = 1
+VERSION = 2
 
 Engine = Literal["resident", "streaming"]
 

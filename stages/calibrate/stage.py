@@ -142,11 +142,10 @@ def observe(model: Any, unit: ShardUnit, found: Sequence[Batch], recorder: Recor
 
 @torch.inference_mode()
 def observe_batch(model: Any, batch: Batch, recorder: Recorder) -> None:
-    """One forward pass; hands what every layer did to `recorder`."""
+    """One forward pass; hands what every layer did to `recorder`, layer by layer."""
     ids, mask = batch_of(batch.rows, pad_id(model), model.device)
-    with Observer(model).observe(mask) as seen:
+    with Observer(model).observe(mask, lambda layer, seen: recorder.add(batch, {layer: seen})):
         model.model(input_ids=ids, attention_mask=mask, use_cache=False)
-    recorder.add(batch, seen)
 
 
 def make_worker() -> Callable[[ShardUnit], Any]:

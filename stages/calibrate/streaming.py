@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from models.atomic import reporting_full_disk
+from models.blocks import find_block
 from models.streaming.model import LayerCall, StreamedModel, argument_bytes
-from stages.calibrate.observer import Routed, moe_block, watching
+from stages.calibrate.observer import Routed, watching
 from stages.calibrate.recorder import Recorder
 from stages.corpus.blocks import Batch
 from stages.model import batch_of, pad_id
@@ -38,7 +39,7 @@ def observe(
     Raises:
         CheckpointError: a layer cannot be read. DiskFull: no room for the hidden states.
     """
-    sparse = [i for i, layer in enumerate(model.layers) if moe_block(layer) is not None]
+    sparse = [i for i, layer in enumerate(model.layers) if find_block(layer) is not None]
     with _scratch(output) as folder:
         shard = _Shard(model, batches, folder)
         # Nothing is observed behind the last sparse layer.
@@ -61,7 +62,7 @@ class _Shard:
     def advance(self, number: int, layer: nn.Module, index: int) -> dict[int, Routed]:
         """Takes one batch through one layer; what its MoE block did, if it has one."""
         mask, calls = self._kept.get(number) or self._arguments(number, first=index == 0)
-        file, call, block = self._files[number], calls[index], moe_block(layer)
+        file, call, block = self._files[number], calls[index], find_block(layer)
         hidden = file.read(call.hidden).to(self._model.device)
         with watching({} if block is None else {index: block}, mask) as seen:
             file.write(call.run(layer, hidden))

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from models.blocks import find_blocks
 from stages.calibrate.observer import (
     INTEGERS,
     SCALARS,
@@ -27,7 +28,6 @@ from stages.calibrate.observer import (
     add,
     empty_sums,
     layer_sums,
-    moe_blocks,
 )
 from tests.tiny import (
     EXPERTS,
@@ -70,7 +70,7 @@ def recorded(model: Any) -> Iterator[dict[int, dict[str, Any]]]:
     """Plain hooks: what went into every MoE block and what its router said."""
     found: dict[int, dict[str, Any]] = {}
     handles = []
-    for layer, block in moe_blocks(model).items():
+    for layer, found_block in find_blocks(model).items():
         record = found.setdefault(layer, {})
 
         def entering(_: Any, args: Any, record: dict[str, Any] = record) -> None:
@@ -79,8 +79,8 @@ def recorded(model: Any) -> Iterator[dict[int, dict[str, Any]]]:
         def routed(_: Any, __: Any, output: Any, record: dict[str, Any] = record) -> None:
             record["logits"], record["gates"], record["ids"] = output
 
-        handles.append(block.register_forward_pre_hook(entering))
-        handles.append(block.get_submodule("gate").register_forward_hook(routed))
+        handles.append(found_block.block.register_forward_pre_hook(entering))
+        handles.append(found_block.router.register_forward_hook(routed))
     yield found
     for handle in handles:
         handle.remove()
@@ -100,6 +100,7 @@ def slow_sums(block: Any, record: dict[str, Any], keep: Tensor) -> Sums:
             f = weights.down_proj[expert].double() @ (F.silu(gate) * up)
             norm = float(f.square().sum().sqrt())
             sums["selected"][expert] += 1
+            sums["processed"][expert] += 1
             sums["gate"][expert] += g
             sums["gate_sq"][expert] += g * g
             sums["norm"][expert] += norm
@@ -134,7 +135,7 @@ def test_statistics_equal_those_of_a_loop_over_tokens_and_experts(model: Any, si
     assert tuple(found) == tuple(records) == MOE_LAYERS[model.config.model_type]
     for (layer, record), logits in zip(records.items(), output.router_logits, strict=True):
         assert record["logits"].equal(logits)
-        expected = slow_sums(moe_blocks(model)[layer], record, mask)
+        expected = slow_sums(find_blocks(model)[layer].block, record, mask)
         for name in SCALARS + VECTORS:
             if name in INTEGERS:
                 assert np.array_equal(found[layer][name], expected[name]), name
@@ -205,7 +206,7 @@ def test_watching_moves_no_logit_by_more_than_rounding(model: Any, side: str) ->
 
 def hooks_of(model: Any) -> list[Any]:
     """Everything that could have been hung on the MoE blocks; transformers has hooks of its own."""
-    modules = [m for block in moe_blocks(model).values() for m in block.modules()]
+    modules = [m for each in find_blocks(model).values() for m in each.block.modules()]
     hooks = [[*m._forward_hooks, *m._forward_pre_hooks] for m in modules]
     return [*hooks, [vars(module).get("forward") for module in modules]]
 
@@ -230,7 +231,7 @@ def test_the_model_is_left_without_hooks_after_an_error(model: Any) -> None:
 
 
 def test_only_moe_layers_are_watched() -> None:
-    assert tuple(moe_blocks(tiny_model("qwen3_moe"))) == (0, 2)
+    assert tuple(find_blocks(tiny_model("qwen3_moe"))) == (0, 2)
 
 
 def test_a_batch_of_padding_alone_adds_nothing(model: Any) -> None:
@@ -263,7 +264,7 @@ def test_half_precision_models_are_observed_in_their_own_routing() -> None:
 
     found = observed(model, ids, mask)[0]  # later layers see inputs that were rounded otherwise
 
-    expected = slow_sums(moe_blocks(model)[0], records[0], mask)
+    expected = slow_sums(find_blocks(model)[0].block, records[0], mask)
     assert np.array_equal(found["selected"], expected["selected"])
     assert np.array_equal(found["co_selected"], expected["co_selected"])
     np.testing.assert_allclose(found["logit_gram"], expected["logit_gram"], rtol=1e-12)
@@ -274,7 +275,8 @@ def routed_tokens(tokens: int, seed: int) -> Routed:
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(tokens, EXPERTS, generator=generator)
     gates, ids = logits.softmax(dim=-1).topk(TOP_K, dim=-1)
-    return Routed(logits, ids, gates, torch.randn(tokens, TOP_K, 5, generator=generator))
+    outputs = torch.randn(tokens, TOP_K, 5, generator=generator)
+    return Routed(logits, ids, gates, outputs.norm(dim=-1), outputs.abs().amax(dim=-1))
 
 
 @PROPERTY
@@ -284,8 +286,8 @@ def test_any_partition_of_the_tokens_gives_the_same_sums(parts: list[int], seed:
     total, start = empty_sums(EXPERTS), 0
     for size in parts:
         piece = slice(start, start + size)
-        pieces = (whole.logits[piece], whole.ids[piece], whole.gates[piece], whole.outputs[piece])
-        add(total, layer_sums(Routed(*pieces), EXPERTS))
+        fields = (whole.logits, whole.ids, whole.gates, whole.norms, whole.largest)
+        add(total, layer_sums(Routed(*(each[piece] for each in fields)), EXPERTS))
         start += size
 
     expected = layer_sums(whole, EXPERTS)

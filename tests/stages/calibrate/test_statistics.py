@@ -188,5 +188,5 @@ def test_another_table_is_refused_with_what_it_lacks(tmp_path: Path) -> None:
     write_table(tmp_path / "t.arrow", pa.table({"tokens": [1]}))
     assert read_table(tmp_path / "t.arrow").num_rows == 1
 
-    with pytest.raises(StatisticsError, match="lacks selected, gate"):
+    with pytest.raises(StatisticsError, match="lacks selected, processed, gate"):
         read_statistics(tmp_path / "t.arrow")
