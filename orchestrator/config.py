@@ -76,3 +76,12 @@ class RunConfig(Settings):
     # None: nothing is measured, and the report says so.
     evaluate: EvaluateConfig | None = None
     executor: ExecutorConfig = ExecutorConfig()
+
+    @model_validator(mode="after")
+    def _autoep_needs_ranks(self) -> Self:
+        calibrate, ranks = self.calibrate, self.executor.ranks_per_replica
+        if calibrate.backend == "autoep" and ranks == 1:
+            raise ValueError("calibrate.backend=autoep needs executor.ranks_per_replica above 1")
+        if calibrate.backend == "autoep" and calibrate.engine == "streaming":
+            raise ValueError("calibrate.backend=autoep cannot stream: set calibrate.engine=resident")
+        return self

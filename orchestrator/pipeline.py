@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from cluster.executor import Replicas
 from models.atomic import text_digest
+from orchestrator import run_folder
 from orchestrator.preflight import Prepared, Variant
 from orchestrator.run_folder import MAIN
 from stages.calibrate import stage as calibrate
@@ -50,7 +52,7 @@ def calibrate_units(run: Prepared, engine: Engine) -> list[calibrate.ShardUnit]:
         "data": data_digest(run.config.calibrate.data),
         "corpus": read_digests(beside(run.folder.calibration_tokens)),
         "threads": str(run.config.executor.threads_per_unit),
-    }
+    } | run_folder.autoep(run.config)
     return calibrate.plan(
         run.config.calibrate,
         blocks=count_blocks(run.folder.calibration_tokens),
@@ -70,8 +72,9 @@ def replicas(run: Prepared) -> Replicas[calibrate.ShardUnit, Done] | None:
         return None
     from stages.calibrate.parallel import make_rank
 
+    make = partial(make_rank, run.config.calibrate.backend)
     return Replicas(
-        executor.ranks_per_replica, make_rank, executor.placement, executor.rank_timeout_s
+        executor.ranks_per_replica, make, executor.placement, executor.rank_timeout_s
     )
 
 

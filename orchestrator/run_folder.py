@@ -132,10 +132,18 @@ def check(folder: RunFolder, config: RunConfig, model: str) -> bool:
 
 def settled(config: RunConfig) -> dict[str, Any]:
     """The part of a config that decides results; where and how fast units run is not in it."""
-    engine = {"engine", "memory_bytes"}
+    engine = {"engine", "memory_bytes", "backend"}
     free: dict[str, Any] = {"run_dir": True, "executor": True, "calibrate": engine}
     values: dict[str, Any] = config.model_dump(mode="json", exclude=free)
+    values["calibrate"] |= autoep(config)
     return values | {"threads_per_unit": config.executor.threads_per_unit}
+
+
+def autoep(config: RunConfig) -> dict[str, str]:
+    """AutoEP has an arithmetic of its own, in which the number of ranks shows; others have not."""
+    if config.calibrate.backend == "thin":
+        return {}
+    return {"backend": f"autoep-{config.executor.ranks_per_replica}"}
 
 
 def refuse_changed(folder: RunFolder, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -104,6 +104,10 @@ class StreamedModel:
         """The model's config."""
         return self.model.config
 
+    def layer_name(self, index: int) -> str:
+        """The path of a decoder layer in the model."""
+        return f"{self._prefix}.{index}"
+
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
         """Within the context a decoder layer is in memory."""
@@ -116,7 +120,7 @@ class StreamedModel:
         """A decoder layer, in memory from now on."""
         layer = self.layers[index]
         wrong, _ = self._read(self._names.get(index, {}))
-        self._refuse(wrong, layer, f"{self._prefix}.{index}")
+        self._refuse(wrong, layer, self.layer_name(index))
         return layer
 
     @torch.inference_mode()

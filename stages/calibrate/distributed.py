@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from cluster.expert_parallel import ExpertGroup, ExpertParallel
 from models.blocks import find_block, find_blocks
 from models.streaming.model import StreamedModel, open_streamed
-from stages.calibrate.config import Engine
+from stages.calibrate import autoep
+from stages.calibrate.config import Backend, Engine
 from stages.errors import ReplicaError
 
 # Of the largest output, in units of the type's own rounding: another order of the same additions.
@@ -24,21 +25,27 @@ _TOLERANCE = 16
 _CHECKED_TOKENS = 64
 
 
-def open_rank(folder: Path, dtype: str, engine: Engine, group: ExpertGroup) -> StreamedModel:
+def open_rank(
+    folder: Path, dtype: str, engine: Engine, backend: Backend, group: ExpertGroup
+) -> StreamedModel:
     """The model of one rank: all that is dense and its own experts, ready to run with the others.
 
     Args:
         engine: `resident`: all layers are in memory. `streaming`: they come and go.
+        backend: who exchanges tokens; `autoep` is always resident.
 
     Raises:
         ReplicaError: a block does not answer as it does in one process.
     """
     whole = open_streamed(folder, dtype, layers_only=True)
-    model = open_streamed(folder, dtype, experts=group.owned(num_experts(whole.model)))
-    distribute(model.model, group)
-    if engine == "resident":
-        for index in range(len(model.layers)):
-            model.load(index)
+    if backend == "autoep":
+        model = autoep.open_layers(folder, dtype, group)
+    else:
+        model = open_streamed(folder, dtype, experts=group.owned(num_experts(whole.model)))
+        distribute(model.model, group)
+        if engine == "resident":
+            for index in range(len(model.layers)):
+                model.load(index)
     check_blocks(model, whole, group)
     return model
 
@@ -116,5 +123,5 @@ def _compare(layer: int, found: Tensor, expected: Tensor) -> None:
         raise ReplicaError(
             f"layer {layer} differs between an expert-parallel replica and one process by"
             f" {difference:.3g}, outputs are up to {largest:.3g}, {allowed:.3g} is allowed",
-            "set executor.ranks_per_replica=1",
+            "set calibrate.backend=thin if it is autoep, else executor.ranks_per_replica=1",
         )

@@ -17,8 +17,8 @@ from typing import Any
 from cluster.expert_parallel import ExpertGroup
 from models.arrow import write_table
 from models.streaming.model import StreamedModel
-from stages.calibrate import streaming
-from stages.calibrate.config import Engine
+from stages.calibrate import autoep, streaming
+from stages.calibrate.config import Backend, Engine
 from stages.calibrate.distributed import open_rank
 from stages.calibrate.observer import Routed
 from stages.calibrate.recorder import Recorder
@@ -33,8 +33,9 @@ IDLE = Batch(-1, (Block("", (0,)),))
 class Rank:
     """One rank of a replica; holds its part of the model from shard to shard."""
 
-    def __init__(self, group: ExpertGroup) -> None:
+    def __init__(self, group: ExpertGroup, backend: Backend = "thin") -> None:
         self._group = group
+        self._backend = backend
         self._loaded: tuple[tuple[Path, str, Engine], StreamedModel] | None = None
 
     def run(self, bundle: Sequence[ShardUnit]) -> Done | None:
@@ -71,9 +72,13 @@ class Rank:
         key = (unit.model, unit.dtype, unit.engine)
         if self._loaded is None or self._loaded[0] != key:
             self._loaded = None  # the old model must not stay while the new one is read
-            self._loaded = (key, open_rank(*key, self._group))
+            self._loaded = (key, open_rank(*key, self._backend, self._group))
         model = self._loaded[1]
-        observe(model if unit.engine == "streaming" else model.model, unit, found, recorder)
+        if self._backend == "autoep":
+            for batch in found:
+                autoep.observe_batch(model.model, batch, recorder)
+        else:
+            observe(model if unit.engine == "streaming" else model.model, unit, found, recorder)
 
 
 class OwnBatches(Recorder):
@@ -85,6 +90,8 @@ class OwnBatches(Recorder):
             super().add(batch, seen)
 
 
-def make_rank(group: ExpertGroup) -> Callable[[Sequence[ShardUnit]], Done | None]:
-    """One rank's worker for `cluster.executor.Replicas`."""
-    return Rank(group).run
+def make_rank(
+    backend: Backend, group: ExpertGroup
+) -> Callable[[Sequence[ShardUnit]], Done | None]:
+    """One rank's worker for `cluster.executor.Replicas`, once the backend is given."""
+    return Rank(group, backend).run

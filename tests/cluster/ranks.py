@@ -81,7 +81,7 @@ def logits(folder: Path, group: Any) -> None:
     from tests.tiny import logits_of, random_ids
 
     for model_folder in sorted(folder.glob("model-*")):
-        rank = open_rank(model_folder, "auto", "resident", group)
+        rank = open_rank(model_folder, "auto", "resident", "thin", group)
         blocks = find_blocks(rank.model)
         counts: dict[int, Any] = {}
         for layer, block in blocks.items():
@@ -103,6 +103,64 @@ def logits(folder: Path, group: Any) -> None:
         except ReplicaError as error:
             found["refused"] = str(error)
         torch_save(found, folder / f"{model_folder.name}-logits-{group.rank}.pt")
+
+
+# Families that AutoEP has no preset for, described to it as its manual says.
+PATTERNS: dict[str, dict[str, Any]] = {
+    "GptOss": {
+        "moe_layer_pattern": r"model\.layers\.\d+\.mlp$",
+        "router_pattern": "router",
+        "expert_pattern": "experts",
+        "expert_w1": "gate_up_proj",
+        "expert_w2": "down_proj",
+        "expert_w3": None,
+        "num_experts_attr": "num_local_experts",
+        "top_k_attr": "num_experts_per_tok",
+        "expert_activation": "swiglu_oai",
+    },
+    "Phimoe": {
+        "moe_layer_pattern": r"model\.layers\.\d+\.mlp$",
+        "router_pattern": "router",
+        "expert_pattern": "experts",
+        "expert_w1": "gate_up_proj",
+        "expert_w2": "down_proj",
+        "expert_w3": None,
+        "num_experts_attr": "num_local_experts",
+        "top_k_attr": "num_experts_per_tok",
+    },
+}
+
+
+def autoep(folder: Path, group: Any) -> None:
+    """Every checkpoint in the folder behind AutoEP: logits and a shard, or why not."""
+    from stages.calibrate.autoep import open_layers
+    from stages.calibrate.distributed import check_blocks
+    from stages.errors import ReplicaError
+    from tests.tiny import logits_of, random_ids
+
+    for model_folder in sorted(folder.glob("model-*")):
+        family = model_folder.name.removeprefix("model-")
+        ids = random_ids(1 + group.rank, 7 + 4 * group.rank, group.rank)
+        found: dict[str, Any] = {}
+        try:
+            rank = open_layers(model_folder, "auto", group, **PATTERNS.get(family, {}))
+            check_blocks(rank, whole_of(model_folder), group)
+            found["logits"] = logits_of(rank.model, ids)
+            found["shard"] = autoep_shard(model_folder, folder, group)
+        except ReplicaError as error:
+            found["refused"] = str(error)
+        torch_save(found, folder / f"{model_folder.name}-autoep-{group.rank}.pt")
+
+
+def autoep_shard(model: Path, folder: Path, group: Any) -> Any:
+    """One shard per rank."""
+    from dataclasses import replace
+
+    from stages.calibrate.parallel import Rank
+    from tests.cluster.shards import units_of
+
+    units = units_of(model, folder, shards=2, output="autoep")
+    return Rank(group, "autoep").run([replace(unit, num_experts=4) for unit in units])
 
 
 def whole_of(folder: Path) -> Any:
