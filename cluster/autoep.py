@@ -69,7 +69,7 @@ def is_replaced(block: nn.Module) -> bool:
 
 @contextmanager
 def watching_outputs(watch: Watcher) -> Iterator[None]:
-    """Within the context `watch` gets every layer's outputs `[T, k, H]` before they are weighted."""
+    """Within the context `watch` gets every layer's outputs before they are weighted."""
     from deepspeed.module_inject import auto_ep_layer
 
     own = auto_ep_layer.combine_from_routed

@@ -188,7 +188,7 @@ def exchange(
     arrived = group.all_to_all(hidden[order // ids.shape[1]], outgoing, incoming)  # [R, H]
     answers = [
         _answer(local, rows, counts)
-        for rows, counts in zip(arrived.split(incoming), received, strict=True)
+        for rows, counts in zip(torch.split(arrived, incoming), received, strict=True)
     ]
     returned = group.all_to_all(torch.cat(answers), incoming, outgoing)  # [T * k, H]
     outputs = torch.empty_like(returned)

@@ -51,10 +51,7 @@ class Replica:
         self._await_room(replicas, options, room_seconds)
         place = PlacementGroupSchedulingStrategy(self._group)
         actor = ray.remote(_Rank).options(max_restarts=0, scheduling_strategy=place, **options)
-        self._actors = [
-            actor.remote(replicas, rank, threads)
-            for rank in range(replicas.ranks)
-        ]
+        self._actors = [actor.remote(replicas, rank, threads) for rank in range(replicas.ranks)]
         # Stays a reference: a rank that is lost before it has answered shows in every `run`.
         self._endpoint = self._actors[0].endpoint.remote()
 

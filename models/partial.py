@@ -33,16 +33,17 @@ def narrow(layers: Iterable[nn.Module], experts: range) -> None:
         block = find_block(layer)
         if block is None:
             continue
-        held = list(block.experts.named_parameters())
-        total = getattr(block.experts, "num_experts", None)
+        module: Any = block.experts
+        held = list(module.named_parameters())
+        total = getattr(module, "num_experts", None)
         if not held or any("." in name or len(tensor) != total for name, tensor in held):
             raise CheckpointError(
-                f"{type(block.experts).__name__} keeps its experts in modules of their own",
+                f"{type(module).__name__} keeps its experts in modules of their own",
                 "set executor.ranks_per_replica=1: this family cannot be dealt out",
             )
         for name, tensor in held:
-            setattr(block.experts, name, nn.Parameter(tensor[list(experts)], requires_grad=False))
-        block.experts.num_experts = len(experts)
+            setattr(module, name, nn.Parameter(tensor[list(experts)], requires_grad=False))
+        module.num_experts = len(experts)
 
 
 def is_needed(name: str, experts: range) -> bool:

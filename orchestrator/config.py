@@ -83,5 +83,7 @@ class RunConfig(Settings):
         if calibrate.backend == "autoep" and ranks == 1:
             raise ValueError("calibrate.backend=autoep needs executor.ranks_per_replica above 1")
         if calibrate.backend == "autoep" and calibrate.engine == "streaming":
-            raise ValueError("calibrate.backend=autoep cannot stream: set calibrate.engine=resident")
+            raise ValueError(
+                "calibrate.backend=autoep cannot stream: set calibrate.engine=resident"
+            )
         return self

@@ -41,10 +41,7 @@ def choose(run: Prepared) -> Choice:
     engine: Engine = "resident" if needed <= budget else "streaming"
     fits = "fits" if needed <= budget else "does not fit"
     who = f"one of {ranks} ranks" if ranks > 1 else "a worker with the whole model"
-    why = (
-        f"{who} needs about {human(needed)}, which {fits} into"
-        f" {human(budget)} ({source})"
-    )
+    why = f"{who} needs about {human(needed)}, which {fits} into {human(budget)} ({source})"
     return Choice(engine, why, estimate.calibrate(run, engine))
 
 

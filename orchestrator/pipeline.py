@@ -73,9 +73,7 @@ def replicas(run: Prepared) -> Replicas[calibrate.ShardUnit, Done] | None:
     from stages.calibrate.parallel import make_rank
 
     make = partial(make_rank, run.config.calibrate.backend)
-    return Replicas(
-        executor.ranks_per_replica, make, executor.placement, executor.rank_timeout_s
-    )
+    return Replicas(executor.ranks_per_replica, make, executor.placement, executor.rank_timeout_s)
 
 
 def transform_units(

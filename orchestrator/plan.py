@@ -59,8 +59,8 @@ def summary(run: Prepared) -> str:
     return (
         f"{run.moe.family.model_type}, {len(run.moe.layers)} MoE layers of {run.moe.num_experts}"
         f" experts, top-{run.moe.top_k}: {human(before)} -> {human(after)}"
-        f" ({after / before:.1%}), exactly {after:,} bytes of weights; {human(disk.peak_bytes(run))}"
-        f" of disk at the peak{text}"
+        f" ({after / before:.1%}), exactly {after:,} bytes of weights;"
+        f" {human(disk.peak_bytes(run))} of disk at the peak{text}"
     )
 
 

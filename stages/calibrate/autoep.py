@@ -78,9 +78,15 @@ def watching(blocks: dict[int, MoeBlock], mask: Tensor) -> Iterator[dict[int, Ro
     def gave(outputs: Tensor) -> None:
         logits, (gates, ids, _) = heard[0], heard[1]
         norms, largest = sizes_of(outputs.flatten(0, 1))
-        parts = [logits, ids, gates, norms.view(ids.shape), largest.view(ids.shape)]
-        layer = order[len(seen)]
-        seen[layer] = Routed(*(part[keep] for part in parts), hidden=inputs.pop(), keep=keep)
+        seen[order[len(seen)]] = Routed(
+            logits=logits[keep],
+            ids=ids[keep],
+            gates=gates[keep],
+            norms=norms.view(ids.shape)[keep],
+            largest=largest.view(ids.shape)[keep],
+            hidden=inputs.pop(),
+            keep=keep,
+        )
 
     order = list(blocks)
     with ExitStack() as stack:

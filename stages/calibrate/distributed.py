@@ -52,7 +52,8 @@ def open_rank(
 
 def num_experts(model: Any) -> int:
     """E, the same in all MoE layers."""
-    (count,) = {int(block.experts.num_experts) for block in find_blocks(model).values()}
+    modules: list[Any] = [found.experts for found in find_blocks(model).values()]
+    (count,) = {int(module.num_experts) for module in modules}
     return count
 
 

@@ -90,8 +90,6 @@ class OwnBatches(Recorder):
             super().add(batch, seen)
 
 
-def make_rank(
-    backend: Backend, group: ExpertGroup
-) -> Callable[[Sequence[ShardUnit]], Done | None]:
+def make_rank(backend: Backend, group: ExpertGroup) -> Callable[[Sequence[ShardUnit]], Done | None]:
     """One rank's worker for `cluster.executor.Replicas`, once the backend is given."""
     return Rank(group, backend).run

@@ -73,26 +73,21 @@ def run_bundles(units: Any, group: Any) -> list[Any]:
 
 def logits(folder: Path, group: Any) -> None:
     """Logits, expert choices and shares of every checkpoint in the folder."""
-    import torch
-
     from models.blocks import find_blocks
     from stages.calibrate.distributed import check_blocks, open_rank
     from stages.errors import ReplicaError
+    from tests.cluster.counting import Counting
     from tests.tiny import logits_of, random_ids
 
     for model_folder in sorted(folder.glob("model-*")):
         rank = open_rank(model_folder, "auto", "resident", "thin", group)
         blocks = find_blocks(rank.model)
-        counts: dict[int, Any] = {}
-        for layer, block in blocks.items():
-            block.experts.register_forward_pre_hook(
-                lambda module, args, layer=layer: counts.update(
-                    {layer: torch.bincount(args[1].reshape(-1), minlength=module.num_experts)}
-                )
-            )
+        counting = Counting(rank.model)
         # Another number of tokens on every rank.
         ids = random_ids(1 + group.rank, 7 + 4 * group.rank, group.rank)
-        found: dict[str, Any] = {"logits": logits_of(rank.model, ids), "counts": dict(counts)}
+        found: dict[str, Any] = {}
+        with counting as found["counts"]:
+            found["logits"] = logits_of(rank.model, ids)
         own = next(iter(blocks.values())).experts
         found["held"] = {name: len(tensor) for name, tensor in own.named_parameters()}
         if group.rank == 1:

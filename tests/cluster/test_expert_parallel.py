@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from cluster.expert_parallel import ExpertGroup
-from models.blocks import find_blocks
 from stages.calibrate.stage import Replica
 from stages.calibrate.statistics import domain_sums, read_statistics
+from tests.cluster.counting import Counting
 from tests.cluster.ranks import CASES, case_folder, run_ranks
 from tests.cluster.shards import LENGTHS, SHARDS, save_dealt, units_of, write_corpus
 from tests.tiny import FAMILIES, TOP_K, logits_of, open_model, random_ids
@@ -125,7 +124,7 @@ def test_logits_and_counts_are_those_of_one_process(pairs: Pairs, family: str) -
     whole = open_model(pairs.folder / f"model-{family}")
     for rank, found in enumerate(pairs.of(family)):
         ids = random_ids(1 + rank, 7 + 4 * rank, rank)
-        with counting(whole) as counts:
+        with Counting(whole) as counts:
             expected = logits_of(whole, ids)
         assert float((found["logits"] - expected).abs().max()) <= 1e-6
         assert found["counts"].keys() == counts.keys() and counts
@@ -138,29 +137,6 @@ def test_a_block_that_answers_otherwise_is_refused_with_numbers(pairs: Pairs, fa
     for found in pairs.of(family):
         assert "differs between an expert-parallel replica and one process by" in found["refused"]
         assert "is allowed" in found["refused"]
-
-
-class counting:  # noqa: N801
-    """Within the context: layer -> how often each expert was chosen in the last pass."""
-
-    def __init__(self, model: Any) -> None:
-        self._blocks = find_blocks(model)
-
-    def __enter__(self) -> dict[int, Tensor]:
-        counts: dict[int, Tensor] = {}
-        self._hooks = [
-            block.experts.register_forward_pre_hook(
-                lambda module, args, layer=layer: counts.update(
-                    {layer: torch.bincount(args[1].reshape(-1), minlength=module.num_experts)}
-                )
-            )
-            for layer, block in self._blocks.items()
-        ]
-        return counts
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
 
 
 # The group ----------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import preflight
+from orchestrator import disk, preflight
 from orchestrator.estimate import human
 from orchestrator.load import load
 from orchestrator.plan import Row, rows, summary
@@ -85,8 +85,8 @@ def test_the_summary_has_both_sizes_and_the_exact_number_of_bytes(inputs: Inputs
 
 
 def test_the_disk_that_is_needed_includes_baselines(inputs: Inputs) -> None:
-    alone = preflight.disk_bytes(prepared(inputs))
-    compared = preflight.disk_bytes(prepared(inputs, held_out(inputs, "reap")))
+    alone = disk.disk_bytes(prepared(inputs))
+    compared = disk.disk_bytes(prepared(inputs, held_out(inputs, "reap")))
     assert compared == 2 * alone + 10 * 64 * 4 + 64 * 4
 
 
