@@ -53,10 +53,19 @@ def case_folder(dtype: str, engine: str) -> str:
 
 def shards(folder: Path, group: Any) -> None:
     """Observes the shards with every checkpoint in the folder, in every type, by both engines."""
+    _shards(folder, group, CASES)
+
+
+def diagonal(folder: Path, group: Any) -> None:
+    """Both types and both engines, each once."""
+    _shards(folder, group, CASES[:: len(CASES) - 1])
+
+
+def _shards(folder: Path, group: Any, cases: list[tuple[str, str]]) -> None:
     from tests.cluster.shards import units_of
 
     for model in sorted(folder.glob("model-*")):
-        for dtype, engine in CASES:
+        for dtype, engine in cases:
             output = case_folder(dtype, engine)
             units = units_of(model, folder, output=output, dtype=dtype, engine=engine)
             found = run_bundles(units, group), run_bundles(units, group)
