@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.output import show, wants_quick
 from stages.calibrate.recorder import Recorder
-from stages.calibrate.stage import observe_batch
+from stages.calibrate.resident import observe_batch
 from stages.corpus.blocks import Batch, Block
 from stages.model import batch_of, load_model, pad_id
 

@@ -68,6 +68,11 @@ def model_layers(model: Any) -> list[nn.Module]:
     return [*_stack(base.get_encoder()), *_stack(base.get_decoder())]
 
 
+def encoder_depth(model: Any) -> int:
+    """The first layer of an encoder-decoder that belongs to its decoder."""
+    return len(_stack(model.base_model.get_encoder()))
+
+
 def _as_block(module: nn.Module) -> MoeBlock | None:
     children = dict(module.named_children())
     routers = [children[name] for name in _ROUTERS if name in children]

@@ -78,9 +78,12 @@ def validate(
 @app.command()
 def status(run_dir: RunDir) -> None:
     """Show how far a run is; also while it runs, and from another node."""
-    from orchestrator.status import of, table
+    from orchestrator.status import of, table, warnings
 
-    _wide_console().print(table(of(run_dir)))
+    console, folder = _wide_console(), of(run_dir)
+    console.print(table(folder))
+    for message in warnings(folder):
+        console.print(f"warning: {message}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()

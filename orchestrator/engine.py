@@ -34,6 +34,9 @@ def choose(run: Prepared) -> Choice:
     if run.config.calibrate.backend == "autoep":
         why = "calibrate.backend=autoep needs it"
         return Choice("resident", why, estimate.calibrate(run, "resident"))
+    if run.moe.checkpoint.config.get("is_encoder_decoder"):
+        why = "an encoder-decoder is held whole by every worker"
+        return Choice("resident", why, estimate.calibrate(run, "resident"))
     if asked != "auto":
         return Choice(asked, f"calibrate.engine={asked}", estimate.calibrate(run, asked))
     needed = estimate.calibrate(run, "resident")

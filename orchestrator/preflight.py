@@ -16,13 +16,13 @@ from models.errors import CheckpointError
 from models.moe import MoeCheckpoint
 from models.skeleton import check_dense_tensors
 from orchestrator import run_folder
+from orchestrator.compatibility import check_same_tokenizer, check_seq2seq, check_tokenizer
 from orchestrator.config import ModelConfig, RunConfig
 from orchestrator.errors import ConfigError
 from orchestrator.run_folder import MAIN, RunFolder
 from stages.calibrate.statistics import layers_of, metadata_of, read_statistics
 from stages.corpus.config import CorpusConfig
 from stages.corpus.read import check_source
-from stages.corpus.stage import load_tokenizer
 from stages.errors import BudgetError, DataError, StatisticsError
 from stages.export.config import ExportConfig
 from stages.export.formats import FORMATS
@@ -67,21 +67,22 @@ def prepare(config: RunConfig) -> Prepared:
     moe = MoeCheckpoint.open(resolve_model(config.model), allow_links=config.model.allow_links)
     check_dense_tensors(moe)
     check_ranks(config.executor.ranks_per_replica, moe)
+    check_seq2seq(config, moe.checkpoint.config)
     evaluate = config.evaluate
     calibrated = None if config.calibrate.statistics is not None else config.calibrate.data
     calibration_domains = _check_text(calibrated, moe)
     evaluation_domains = _check_text(None if evaluate is None else evaluate.data, moe)
     model, folder = identity(moe.checkpoint), RunFolder(config.run_dir.absolute())
+    tokenizer = config.model.tokenizer or moe.checkpoint.folder
     if config.calibrate.statistics is not None:
-        check_statistics(config.calibrate.statistics, moe, model)
+        check_statistics(config.calibrate.statistics, moe, model, tokenizer)
     found = _variants(config, moe)
     for variant in found:
         expected_decisions(variant, moe)
     resumes = run_folder.check(folder, config, model)
-    tokenizer = config.model.tokenizer or moe.checkpoint.folder
     if not any((tokenizer / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise DataError(f"{tokenizer} holds no tokenizer", "set `model.tokenizer`")
-    load_tokenizer(tokenizer)
+    check_tokenizer(tokenizer, moe.checkpoint.config)
     prepared = Prepared(
         config=config,
         folder=folder,
@@ -237,8 +238,8 @@ def in_experts(variant: Variant, moe: MoeCheckpoint) -> Variant:
     return with_experts(counts[fitting - 1])
 
 
-def check_statistics(path: Path, moe: MoeCheckpoint, model: str) -> None:
-    """Refuses statistics that were observed on another model.
+def check_statistics(path: Path, moe: MoeCheckpoint, model: str, tokenizer: Path) -> None:
+    """Refuses statistics that were observed on another model, or on text cut otherwise.
 
     Raises:
         StatisticsError: with both fingerprints or dimensions.
@@ -252,6 +253,7 @@ def check_statistics(path: Path, moe: MoeCheckpoint, model: str) -> None:
             f" {model[:12]})",
             "calibrate on this model, or correct `model.path`",
         )
+    check_same_tokenizer(path, metadata_of(table), tokenizer)
     layers = [each.layer for each in layers_of(table)]
     if layers != list(moe.layers):
         raise StatisticsError(f"{path} covers layers {layers}, the model has {list(moe.layers)}")

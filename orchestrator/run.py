@@ -23,6 +23,7 @@ from orchestrator.report.collect import Collected, collect
 from orchestrator.report.write import write_report
 from orchestrator.run_folder import MAIN, RunFolder
 from orchestrator.scheduler import Scheduler, open_executor
+from stages.calibrate import coverage
 from stages.calibrate import stage as calibrate
 from stages.calibrate.statistics import LayerStatistics, layers_of, read_statistics
 from stages.corpus import stage as corpus
@@ -86,7 +87,7 @@ def observe(prepared: Prepared, listeners: Sequence[Listener] = ()) -> Path:
     """The first half of a run: the statistics table, for this run and any later one."""
     with _started(prepared, listeners) as (events, scheduler):
         statistics = layers_of(_observe(prepared, scheduler, events))
-    for message in group.warnings(statistics):
+    for message in coverage.warnings(statistics, prepared.config.calibrate.min_tokens_per_expert):
         events.emit("warning", message=message)
     events.emit("observed", statistics=str(prepared.folder.statistics))
     return prepared.folder.statistics
@@ -155,7 +156,7 @@ def _decide(
 ) -> list[Decided]:
     """Decisions of the main variant and the baselines, from the same statistics."""
     statistics = layers_of(table)
-    for message in group.warnings(statistics):
+    for message in coverage.warnings(statistics, prepared.config.calibrate.min_tokens_per_expert):
         events.emit("warning", message=message)
     with scheduler.here("group"):
         return [_decide_one(prepared, variant, statistics) for variant in prepared.variants]

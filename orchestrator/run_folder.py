@@ -132,8 +132,8 @@ def check(folder: RunFolder, config: RunConfig, model: str) -> bool:
 
 def settled(config: RunConfig) -> dict[str, Any]:
     """The part of a config that decides results; where and how fast units run is not in it."""
-    engine = {"engine", "memory_bytes", "backend"}
-    free: dict[str, Any] = {"run_dir": True, "executor": True, "calibrate": engine}
+    free_here = {"engine", "memory_bytes", "min_tokens_per_expert", "backend"}
+    free: dict[str, Any] = {"run_dir": True, "executor": True, "calibrate": free_here}
     values: dict[str, Any] = config.model_dump(mode="json", exclude=free)
     values["calibrate"] |= autoep(config)
     return values | {"threads_per_unit": config.executor.threads_per_unit}

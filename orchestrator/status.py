@@ -78,6 +78,17 @@ def headline(folder: RunFolder) -> str:
     return f"last sign of life {time.time() - last['time']:.0f} s ago"
 
 
+def warnings(folder: RunFolder) -> list[str]:
+    """What the latest start of the run warned of, each once."""
+    found: dict[str, None] = {}
+    for event in read_events(folder.events):
+        if event["event"] == "run_started":
+            found = {}
+        elif event["event"] == "warning":
+            found[str(event["message"])] = None
+    return list(found)
+
+
 def of(path: Path) -> RunFolder:
     """The run folder at a path."""
     return RunFolder(path.absolute())

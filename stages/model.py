@@ -11,20 +11,21 @@ from torch import Tensor
 
 
 def load_model(folder: Path, dtype: str, *, trust_remote_code: bool = False) -> Any:
-    """A causal LM in eval mode on this worker's device.
+    """A causal LM, or an encoder-decoder, in eval mode on this worker's device.
 
     Args:
         folder: checkpoint folder; only files in it are read, nothing is downloaded.
         dtype: `auto` (as stored), `float32`, `bfloat16` or `float16`.
         trust_remote_code: only ever set for the modeling file that Coalesce itself wrote.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, local_files_only=True, trust_remote_code=trust_remote_code
-    )
+    options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    config = AutoConfig.from_pretrained(folder, **options)
+    kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model = kind.from_pretrained(folder, dtype=dtype, **options)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device).eval()
 
@@ -33,6 +34,15 @@ def pad_id(model: Any) -> int:
     """A token to fill short rows with; it is masked, so any valid id will do."""
     value = model.config.pad_token_id
     return 0 if value is None else int(value)
+
+
+def start_id(model: Any) -> int:
+    """What the decoder of an encoder-decoder begins with; without a word of its own, padding."""
+    named = (
+        getattr(each, "decoder_start_token_id", None)
+        for each in (model.config, model.generation_config)
+    )
+    return next((int(each) for each in named if each is not None), pad_id(model))
 
 
 def batch_of(

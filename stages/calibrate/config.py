@@ -34,5 +34,7 @@ class CalibrateConfig(Settings):
     # Memory of one worker that `auto` fits the model into. None: free memory of the host that
     # starts the run / workers, or the memory of one of its GPUs.
     memory_bytes: int | None = Field(default=None, gt=0)
+    # Experts that were selected by fewer tokens are named when calibration ends; 0 names none.
+    min_tokens_per_expert: int = Field(default=32, ge=0)
     # Decide again on what another run observed: its statistics.arrow. `data` is then not read.
     statistics: Path | None = None

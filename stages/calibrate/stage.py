@@ -9,18 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import torch
 
 from models.arrow import write_table
 from models.streaming.model import open_streamed
 from stages.calibrate import streaming
 from stages.calibrate.config import VERSION, CalibrateConfig, Engine
-from stages.calibrate.observer import Observer
 from stages.calibrate.recorder import Recorder
+from stages.calibrate.resident import observe_batch
 from stages.calibrate.statistics import add_tables, read_statistics
 from stages.corpus.blocks import Batch, batches
 from stages.corpus.stage import read_blocks
-from stages.model import batch_of, load_model, pad_id
+from stages.model import load_model
 from stages.unit import Fingerprint, OneFile
 
 
@@ -138,14 +137,6 @@ def observe(model: Any, unit: ShardUnit, found: Sequence[Batch], recorder: Recor
         return
     for batch in found:
         observe_batch(model, batch, recorder)
-
-
-@torch.inference_mode()
-def observe_batch(model: Any, batch: Batch, recorder: Recorder) -> None:
-    """One forward pass; hands what every layer did to `recorder`, layer by layer."""
-    ids, mask = batch_of(batch.rows, pad_id(model), model.device)
-    with Observer(model).observe(mask, lambda layer, seen: recorder.add(batch, {layer: seen})):
-        model.model(input_ids=ids, attention_mask=mask, use_cache=False)
 
 
 def make_worker() -> Callable[[ShardUnit], Any]:

@@ -32,16 +32,3 @@ def decide(
         total = total_experts(config.budget, len(merged), merged[0].num_experts, sizes)
         found += DECIDE[config.method](config, merged, total)
     return sorted(found, key=lambda decision: decision.layer)
-
-
-def warnings(statistics: Sequence[LayerStatistics]) -> list[str]:
-    """Layers in which an expert received no token: it has no weight in a merge."""
-    found = []
-    for each in statistics:
-        unused = [e for e, count in enumerate(each.sums["selected"]) if count == 0]
-        if unused:
-            found.append(
-                f"layer {each.layer}: experts {unused} received none of {each.tokens:,} calibration"
-                " tokens; in a merge they weigh nothing (calibrate on more or other text)"
-            )
-    return found

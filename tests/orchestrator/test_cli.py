@@ -260,3 +260,14 @@ def test_calibrate_observes_only_and_run_goes_on_from_there(
     assert not left_by_a_killed_attempt.exists()
     assert (inputs.run_dir / "output" / "config.json").exists()
     assert (inputs.run_dir / "statistics.arrow").stat().st_mtime_ns == statistics
+
+
+def test_experts_with_few_tokens_are_named_when_calibration_ends_and_by_status(
+    coalesce: Command, inputs: Inputs
+) -> None:
+    recipe = inputs.recipe(calibrate__min_tokens_per_expert=513)
+    expected = "warning: layer 1: experts [0-7] received fewer than 513 of 512 calibration tokens"
+
+    assert expected in coalesce("calibrate", recipe).out
+
+    assert coalesce("status", inputs.run_dir).out.count(expected) == 1

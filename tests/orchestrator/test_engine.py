@@ -68,6 +68,16 @@ def test_an_engine_that_is_asked_for_is_taken(asked: str, inputs: Inputs) -> Non
     assert (choose(run).engine, choose(run).why) == (asked, f"calibrate.engine={asked}")
 
 
+def test_an_encoder_decoder_is_held_whole_wherever_it_fits(inputs: Inputs) -> None:
+    run = prepared(inputs, "calibrate.memory_bytes=1")
+    run.moe.checkpoint.config["is_encoder_decoder"] = True
+
+    assert (choose(run).engine, choose(run).why) == (
+        "resident",
+        "an encoder-decoder is held whole by every worker",
+    )
+
+
 def test_the_free_memory_is_shared_by_the_workers(
     inputs: Inputs, monkeypatch: pytest.MonkeyPatch
 ) -> None:

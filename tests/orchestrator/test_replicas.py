@@ -66,8 +66,9 @@ def test_any_number_of_replicas_and_ranks_continues_a_run_to_the_same_bytes(
     observe_until(prepared(inputs, "first-alone", ALONE), shards=3)
     found = observe(prepared(inputs, "first-alone", RANKS, engine="streaming"))
     assert found.read_bytes() == expected
-    done = [json.loads(line) for line in (found.parent / "events.jsonl").open()]
-    resumed = [e["resumed"] for e in done if e["event"] == "unit_done" and e["stage"] == "calibrate"]
+    events = [json.loads(line) for line in (found.parent / "events.jsonl").open()]
+    units = [each for each in events if each["event"] == "unit_done"]
+    resumed = [each["resumed"] for each in units if each["stage"] == "calibrate"]
     assert resumed == [False] * 3 + [True] * 3 + [False] * 3
 
 
@@ -88,7 +89,7 @@ def test_autoep_is_marked_and_does_not_mix_with_others(inputs: Inputs) -> None:
 
 
 def test_autoep_needs_ranks_and_whole_models(inputs: Inputs) -> None:
-    with pytest.raises(ConfigError, match="autoep needs executor.ranks_per_replica above 1"):
+    with pytest.raises(ConfigError, match="autoep needs executor"):
         prepared(inputs, "run", ALONE, backend="autoep")
     with pytest.raises(ConfigError, match="autoep cannot stream"):
         prepared(inputs, "run", RANKS, backend="autoep", engine="streaming")

@@ -9,6 +9,8 @@ import pytest
 
 from orchestrator.load import load
 from orchestrator.preflight import prepare
+from stages.calibrate.statistics import metadata_of, read_statistics
+from stages.corpus.stage import tokenizer_digest
 from tests.orchestrator.refusals import assert_refused
 from tests.orchestrator.tiny_run import (
     Command,
@@ -41,6 +43,17 @@ def test_statistics_of_another_model_are_refused_with_both_fingerprints(
     theirs = json.loads((finished.run_dir / "run.json").read_text())["model"]
     recipe = inputs.recipe(calibrate__statistics=str(finished.run_dir / "statistics.arrow"))
     assert_refused(coalesce, inputs, recipe, "another model", ours[:12], theirs[:12])
+
+
+def test_statistics_of_another_tokenizer_are_refused_with_both_fingerprints(
+    coalesce: Command, inputs: Inputs, finished: Inputs
+) -> None:
+    path = inputs.model / "tokenizer.json"
+    path.write_text(path.read_text().replace('"word7"', '"another"'))
+    ours = tokenizer_digest(inputs.model)
+    theirs = metadata_of(read_statistics(finished.run_dir / "statistics.arrow"))["tokenizer"]
+    recipe = inputs.recipe(calibrate__statistics=str(finished.run_dir / "statistics.arrow"))
+    assert_refused(coalesce, inputs, recipe, "another tokenizer", ours[:12], theirs[:12])
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped"])

@@ -9,7 +9,7 @@ from stages.errors import BudgetError, StatisticsError
 from stages.group.budget import Sizes
 from stages.group.config import METHODS, AnyMethod, Budget, Frequency, McSmoe, Reap
 from stages.group.methods import DECIDE
-from stages.group.stage import decide, warnings
+from stages.group.stage import decide
 from tests.tiny import statistics_of
 
 SIZES = Sizes(fixed=1000, per_expert=100, layers=3)
@@ -75,13 +75,6 @@ def test_a_layer_without_tokens_is_refused() -> None:
 def test_an_impossible_budget_is_refused() -> None:
     with pytest.raises(BudgetError):
         decide(McSmoe(budget=Budget(target_bytes=1)), STATISTICS, SIZES)
-
-
-def test_unused_experts_are_reported_by_layer() -> None:
-    found = warnings([statistics_of(0, [3, 0, 1, 0]), statistics_of(1, [1, 1, 1, 1])])
-
-    assert len(found) == 1
-    assert found[0].startswith("layer 0: experts [1, 3] received none of 4 calibration tokens")
 
 
 def test_the_same_statistics_give_the_same_decisions() -> None:
