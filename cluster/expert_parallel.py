@@ -184,7 +184,9 @@ def exchange(
     order = torch.argsort(ids.reshape(-1), stable=True)
     sent = torch.bincount(ids.reshape(-1), minlength=num_experts)  # [E] pairs per expert
     received = group.all_to_all(sent, [share] * size, [share] * size).view(size, share)
-    outgoing, incoming = sent.view(size, share).sum(dim=1).tolist(), received.sum(dim=1).tolist()
+    with group.reached():  # on a GPU this is where the wait is
+        incoming = received.sum(dim=1).tolist()
+    outgoing = sent.view(size, share).sum(dim=1).tolist()
     arrived = group.all_to_all(hidden[order // ids.shape[1]], outgoing, incoming)  # [R, H]
     answers = [
         _answer(local, rows, counts)

@@ -66,10 +66,11 @@ def test_any_number_of_replicas_and_ranks_continues_a_run_to_the_same_bytes(
     observe_until(prepared(inputs, "first-alone", ALONE), shards=3)
     found = observe(prepared(inputs, "first-alone", RANKS, engine="streaming"))
     assert found.read_bytes() == expected
-    events = [json.loads(line) for line in (found.parent / "events.jsonl").open()]
+    lines = (found.parent / "events.jsonl").read_text().splitlines()
+    events = [json.loads(line) for line in lines]
     units = [each for each in events if each["event"] == "unit_done"]
     resumed = [each["resumed"] for each in units if each["stage"] == "calibrate"]
-    assert resumed == [False] * 3 + [True] * 3 + [False] * 3
+    assert resumed[:3] == [False] * 3 and sorted(resumed[3:]) == [False] * 3 + [True] * 3
 
 
 @pytest.mark.slow
