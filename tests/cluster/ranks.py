@@ -195,9 +195,26 @@ def lose_a_peer(folder: Path, group: Any) -> None:
         (folder / "seen").write_text(str(error))
 
 
+class _Twice:
+    """Experts that all double."""
+
+    def __call__(self, rows: Any, _ids: Any, _gates: Any) -> Any:
+        return 2 * rows
+
+
 def join_only(folder: Path, group: Any) -> None:
-    """The group stands and carries a number."""
+    """The group stands and carries a number, and rows, of which a rank may have none."""
+    import torch
+
+    from cluster.expert_parallel import exchange
+
     assert group.largest(group.rank) == group.size - 1
+    tokens = 3 * group.rank
+    hidden = torch.arange(tokens * 4.0).view(tokens, 4)
+    ids = torch.tensor([0, 3]).repeat(tokens, 1)
+    twice: Any = _Twice()
+    found = exchange(twice, hidden, ids, 4, group)
+    assert found.equal(2 * hidden.unsqueeze(1).expand(tokens, 2, 4))
 
 
 def main() -> None:
