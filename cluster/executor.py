@@ -25,16 +25,19 @@ class Resources:
 
 @dataclass(frozen=True)
 class Replicas(Generic[T, R]):
-    """Units that several processes run together: one expert-parallel group per unit in flight.
+    """Units that run in bundles: N processes hold one model together and take a unit each.
 
-    `make_rank` is called once in every process of a replica. What rank 0 returns for a unit is
-    the unit's result; the other ranks return None.
+    `make_rank` is called once in every process of a replica. All ranks are called with the same
+    bundle of 1 to N units; rank r runs unit r and returns its result, ranks beyond the end of the
+    bundle help the others and return None.
     """
 
     ranks: int
-    make_rank: Callable[[ExpertGroup], Callable[[T], R | None]]
+    make_rank: Callable[[ExpertGroup], Callable[[Sequence[T]], R | None]]
     # STRICT_PACK: all ranks of a replica on one node. PACK: as few nodes as possible.
     placement: Literal["STRICT_PACK", "PACK"] = "STRICT_PACK"
+    # Longest silence of a rank that is alive; its replica is then killed and made anew.
+    timeout_s: float = 900.0
 
 
 @dataclass(frozen=True)

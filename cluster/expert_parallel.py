@@ -2,14 +2,14 @@
 
 Around the family's own experts module, nothing else: the router stays the model's, there is no
 capacity, and no token is dropped or padded. Rank r of N holds experts r*E/N to (r+1)*E/N - 1.
-All ranks must run the same number of forward passes: a rank that is alone in one waits for ever.
+All ranks must call each layer equally often: a rank that is alone in a call waits for the others.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -18,19 +18,19 @@ import torch
 from torch import Tensor, nn
 
 from cluster.errors import LostPeer
-
-# Longest silence of a peer that is alive: it may be loading a model.
-PATIENCE = timedelta(minutes=30)
+from cluster.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where one process stands in its replica, and where rank 0 listens."""
+    """Where one process stands in its replica, where rank 0 listens, and how long to wait."""
 
     rank: int
     size: int
     host: str
     port: int
+    # Longest silence of the others before this process gives up.
+    timeout_s: float = 900.0
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class ExpertGroup:
     rank: int
     size: int
     handle: Any  # the process group
+    watchdog: Watchdog | None = None
 
     def owned(self, num_experts: int) -> range:
         """Experts of this rank; E must be a multiple of N."""
@@ -47,23 +48,42 @@ class ExpertGroup:
         share = num_experts // self.size
         return range(self.rank * share, (self.rank + 1) * share)
 
-    def agree(self, word: bool) -> bool:
-        """Every rank gets the word of rank 0."""
+    def largest(self, number: int) -> int:
+        """Every rank gets the largest of the ranks' numbers."""
         import deepspeed.comm as dist
 
-        said = torch.tensor([int(word)], device=_device())
-        with _reached():
-            dist.broadcast(said, src=0, group=self.handle)
-        return bool(said.item())
+        found = torch.tensor([number], device=_device())
+        with self.reached():
+            dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.handle)
+            return int(found.item())
 
-    def gather(self, value: Any) -> list[Any]:
-        """The values of all ranks in rank order, on rank 0; an empty list on the others."""
-        import torch.distributed
+    def all_to_all(self, rows: Tensor, outgoing: list[int], incoming: list[int]) -> Tensor:
+        """Rows to the ranks, `outgoing[r]` of them to rank r; returns what came, in rank order."""
+        import deepspeed.comm as dist
 
-        found: list[Any] | None = [None] * self.size if self.rank == 0 else None
-        with _reached():
-            torch.distributed.gather_object(value, found, dst=0, group=self.handle)
-        return found or []
+        found = rows.new_empty(sum(incoming), *rows.shape[1:])
+        with self.reached():
+            dist.all_to_all_single(
+                found,
+                rows.contiguous(),
+                output_split_sizes=incoming,
+                input_split_sizes=outgoing,
+                group=self.handle,
+            )
+        return found
+
+    @contextmanager
+    def reached(self) -> Iterator[None]:
+        """Around a wait for the others.
+
+        Raises:
+            LostPeer: torch reports a dead peer as whatever RuntimeError its backend has for it.
+        """
+        try:
+            with self.watchdog.waiting() if self.watchdog else nullcontext():
+                yield
+        except RuntimeError as error:
+            raise LostPeer(f"a rank does not answer: {' '.join(str(error).split())}") from error
 
 
 def join(place: Place) -> ExpertGroup:
@@ -86,23 +106,25 @@ def join(place: Place) -> ExpertGroup:
     from deepspeed.utils import groups
 
     switch_off_shm_op()
-    with _reached():
+    watchdog = Watchdog(place.timeout_s)
+    with ExpertGroup(place.rank, place.size, None, watchdog).reached():
         deepspeed.init_distributed(
             dist_backend="nccl" if torch.cuda.is_available() else "gloo",
             auto_mpi_discovery=False,
             verbose=False,
-            timeout=PATIENCE,
+            timeout=timedelta(seconds=place.timeout_s),
         )
         groups._create_expert_and_data_parallel(place.size)
     handle = groups._get_expert_parallel_group(f"ep_size_{place.size}")
-    return ExpertGroup(place.rank, place.size, handle)
+    return ExpertGroup(place.rank, place.size, handle, watchdog)
 
 
 def switch_off_shm_op() -> None:
     """Keeps DeepSpeed from compiling its shared-memory all-reduce when a CPU group is formed.
 
-    It needs a C++ compiler, takes up to minutes, and nothing here reduces. The table of ops that
-    work on this machine is DeepSpeed's own but no documented switch; a test holds that it works.
+    It needs a C++ compiler and takes up to minutes; what is reduced here is one integer per shard.
+    The table of ops that work on this machine is DeepSpeed's own but no documented switch; a test
+    holds that it works.
     """
     import deepspeed.ops
 
@@ -112,25 +134,30 @@ def switch_off_shm_op() -> None:
 class ExpertParallel(nn.Module):
     """Stands where the experts module stood, with the same call; every rank calls it together."""
 
-    def __init__(self, local: nn.Module, num_experts: int, group: ExpertGroup) -> None:
-        """`local` answers for `group.owned(num_experts)`, counted from zero."""
+    def __init__(self, local: nn.Module, group: ExpertGroup) -> None:
+        """`local` holds the `group.owned` experts of this rank, counted from zero."""
         super().__init__()
-        self.local = local
-        self._num_experts = num_experts
+        share = local.num_experts
+        assert isinstance(share, int)
+        # One table of parameters for both modules, and `local` is no submodule: tensors keep the
+        # names that they have in a checkpoint.
+        self._parameters = local._parameters
+        self.__dict__["local"] = local
+        self.num_experts = share * group.size
         self._group = group
 
     def forward(self, hidden: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
         """Weighted sum over the selected experts.
 
         Args:
-            hidden: `[T, H]`; T may differ between ranks.
+            hidden: `[T, H]`; T may differ between ranks, and may be 0.
             ids: `[T, k]` experts, 0 to E-1.
             gates: `[T, k]` their weights.
 
         Returns:
             `[T, H]` in the type of `hidden`.
         """
-        outputs = exchange(self.local, hidden, ids, self._num_experts, self._group)
+        outputs = exchange(self.__dict__["local"], hidden, ids, self.num_experts, self._group)
         combined: Tensor = (outputs * gates.unsqueeze(-1)).sum(dim=1)
         return combined.to(hidden.dtype)
 
@@ -140,6 +167,9 @@ def exchange(
 ) -> Tensor:
     """Sends every (token, expert) pair to the owner of the expert, and the output back.
 
+    The owner answers the ranks one after another, so that an expert gets the rows that it gets in
+    one process, in their order: matrix products of other row counts may round differently.
+
     Args:
         local: experts module of the owned experts, called with k = 1 and unit weights.
         hidden: `[T, H]`.
@@ -148,52 +178,34 @@ def exchange(
     Returns:
         `[T, k, H]`: the unweighted output of every selected expert.
     """
-    share = num_experts // group.size
+    size, share = group.size, num_experts // group.size
     # Pairs in the order of their expert, so that each owner's lie together; stable, so that an
-    # owner sees one rank's tokens in their own order.
+    # expert sees the tokens in their own order.
     order = torch.argsort(ids.reshape(-1), stable=True)
     sent = torch.bincount(ids.reshape(-1), minlength=num_experts)  # [E] pairs per expert
-    received = _all_to_all(sent, [share] * group.size, [share] * group.size, group)  # [N * E/N]
-    outgoing = sent.view(group.size, share).sum(dim=1).tolist()
-    incoming = received.view(group.size, share).sum(dim=1).tolist()
-    arrived = _all_to_all(hidden[order // ids.shape[1]], outgoing, incoming, group)  # [R, H]
-    here = torch.arange(share, device=ids.device).repeat(group.size).repeat_interleave(received)
-    # grouped_mm refuses an empty batch.
-    answers = (
-        local(arrived, here[:, None], arrived.new_ones(len(here), 1)) if len(here) else arrived
-    )
-    returned = _all_to_all(answers, incoming, outgoing, group)  # [T * k, H]
+    received = group.all_to_all(sent, [share] * size, [share] * size).view(size, share)
+    with group.reached():  # on a GPU this is where the wait is
+        incoming = received.sum(dim=1).tolist()
+    outgoing = sent.view(size, share).sum(dim=1).tolist()
+    arrived = group.all_to_all(hidden[order // ids.shape[1]], outgoing, incoming)  # [R, H]
+    answers = [
+        _answer(local, rows, counts)
+        for rows, counts in zip(torch.split(arrived, incoming), received, strict=True)
+    ]
+    returned = group.all_to_all(torch.cat(answers), incoming, outgoing)  # [T * k, H]
     outputs = torch.empty_like(returned)
     outputs[order] = returned
     return outputs.view(*ids.shape, hidden.shape[-1])
 
 
-def _all_to_all(
-    rows: Tensor, outgoing: list[int], incoming: list[int], group: ExpertGroup
-) -> Tensor:
-    """Rows to the ranks, `outgoing[r]` of them to rank r; returns what came, in rank order."""
-    import deepspeed.comm as dist
-
-    found = rows.new_empty(sum(incoming), *rows.shape[1:])
-    with _reached():
-        dist.all_to_all_single(
-            found,
-            rows.contiguous(),
-            output_split_sizes=incoming,
-            input_split_sizes=outgoing,
-            group=group.handle,
-        )
+def _answer(local: nn.Module, rows: Tensor, counts: Tensor) -> Tensor:
+    """[R, H]: outputs for one rank's rows, of which the e-th owned expert gets `counts[e]`."""
+    if not len(rows):  # grouped_mm refuses an empty batch
+        return rows
+    ids = torch.arange(len(counts), device=rows.device).repeat_interleave(counts)
+    found: Tensor = local(rows, ids[:, None], rows.new_ones(len(rows), 1))
     return found
 
 
 def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@contextmanager
-def _reached() -> Iterator[None]:
-    """torch reports a dead peer as whatever RuntimeError its backend has for it."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise LostPeer(f"a rank does not answer: {' '.join(str(error).split())}") from error

@@ -7,8 +7,11 @@ Only infrastructure failures are retried; an error raised by a unit ends the run
 from __future__ import annotations
 
 import logging
+import math
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -120,28 +123,34 @@ def _fits(needs: dict[str, int], node: dict[str, float]) -> int:
 
 
 class _Pool:
-    """Starts units and says what to do when a worker is lost."""
+    """Starts bundles of units and says what to do when a worker is lost."""
+
+    # Most units that are started together.
+    bundle = 1
+    # Seconds that the processes of a bundle may end apart.
+    patience = math.inf
 
     def __init__(self, executor: RayExecutor, job: Job[Any, Any]) -> None:
         self.executor = executor
         self.job = job
 
-    def start(self, unit: Any) -> list[ray.ObjectRef]:
-        """One reference per process that runs the unit; the first gives the result."""
+    def start(self, units: Sequence[Any]) -> list[ray.ObjectRef]:
+        """One reference per process. The first give the results of the units, in their order;
+        whatever further ones give is not looked at, they only have to end well."""
         raise NotImplementedError
 
     def release(self, refs: list[ray.ObjectRef], *, lost: bool) -> None:
-        """Called once for every started unit, when it ended or a worker of it was lost."""
+        """Called once for everything started, when it ended or a worker of it was lost."""
 
     def close(self) -> None:
         """Frees whatever the pool holds."""
 
 
 class _TaskPool(_Pool):
-    def start(self, unit: Any) -> list[ray.ObjectRef]:
+    def start(self, units: Sequence[Any]) -> list[ray.ObjectRef]:
         options = self.executor.options(self.job.resources)
         task = ray.remote(_run_task).options(max_retries=0, **options)
-        return [task.remote(self.job.make_worker, unit, self.executor.threads)]
+        return [task.remote(self.job.make_worker, each, self.executor.threads) for each in units]
 
 
 class _ActorPool(_Pool):
@@ -152,7 +161,8 @@ class _ActorPool(_Pool):
         self._idle: list[Any] = []
         self._busy: dict[ray.ObjectRef, Any] = {}
 
-    def start(self, unit: Any) -> list[ray.ObjectRef]:
+    def start(self, units: Sequence[Any]) -> list[ray.ObjectRef]:
+        (unit,) = units
         actor = self._idle.pop() if self._idle else self._new_actor()
         ref = actor.run.remote(unit)
         self._busy[ref] = actor
@@ -174,16 +184,18 @@ class _ActorPool(_Pool):
 
 
 class _ReplicaPool(_Pool):
-    """Keeps one replica per unit in flight; with one rank lost, the whole replica is replaced."""
+    """Keeps one replica per bundle in flight; with one rank lost, the whole replica is replaced."""
 
     def __init__(self, executor: RayExecutor, job: Job[Any, Any]) -> None:
         super().__init__(executor, job)
+        assert job.replicas is not None
+        self.bundle, self.patience = job.replicas.ranks, job.replicas.timeout_s
         self._idle: list[Replica] = []
         self._busy: dict[ray.ObjectRef, Replica] = {}
 
-    def start(self, unit: Any) -> list[ray.ObjectRef]:
+    def start(self, units: Sequence[Any]) -> list[ray.ObjectRef]:
         replica = self._idle.pop() if self._idle else self._new_replica()
-        refs = replica.run(unit)
+        refs = replica.run(units)
         self._busy[refs[0]] = replica
         return refs
 
@@ -229,46 +241,70 @@ def _run_task(make_worker: Callable[[], Callable[[T], R]], unit: T, threads: int
     return make_worker()(unit)
 
 
+@dataclass
+class _Flight:
+    """A bundle that is being run: the indices of its units, and a reference per process."""
+
+    bundle: list[int]
+    refs: list[ray.ObjectRef]
+    open: list[ray.ObjectRef]  # those that have not ended
+    # When all must have ended; set once the first has.
+    deadline: float = math.inf
+
+
 def _drive(pool: _Pool, units: Sequence[Any], width: int) -> Iterator[tuple[int, Any]]:
-    """Feeds units into the pool, `width` at a time, and yields results as they end."""
+    """Feeds units into the pool, `width` bundles at a time, and yields results as they end."""
     waiting = list(reversed(range(len(units))))
     attempts = dict.fromkeys(range(len(units)), 0)
-    running: dict[int, list[ray.ObjectRef]] = {}
+    running: list[_Flight] = []
     while waiting or running:
         while waiting and len(running) < width:
-            index = waiting.pop()
-            attempts[index] += 1
-            running[index] = pool.start(units[index])
-        index, error = _next_ended(running)
-        refs = running.pop(index)
+            # The last units are spread over the free replicas, not packed into one.
+            share = -(-len(waiting) // (width - len(running)))
+            bundle = [waiting.pop() for _ in range(min(pool.bundle, share))]
+            attempts.update((index, attempts[index] + 1) for index in bundle)
+            refs = pool.start([units[index] for index in bundle])
+            running.append(_Flight(bundle, refs, list(refs)))
+        ended, error = _next_ended(running, pool.patience)
+        running.remove(ended)
         # The unit's own exception, as it would have been raised in this process.
         own = error.cause if isinstance(error, failures.RayTaskError) else None
         if isinstance(own or error, _LOST):
-            pool.release(refs, lost=True)
-            if attempts[index] > pool.executor.max_retries:
+            pool.release(ended.refs, lost=True)
+            tried = max(attempts[index] for index in ended.bundle)
+            if tried > pool.executor.max_retries:
+                names = " with ".join(units[index].name for index in ended.bundle)
                 raise InfrastructureError(
-                    f"{units[index].name} lost its worker {attempts[index]} times: {error}"
+                    f"{names} lost its worker {tried} times: {error}"
                 ) from error
-            waiting.append(index)
+            waiting.extend(reversed(ended.bundle))
         elif error is not None:
             # Nobody knows in which state the peers of a failed rank are.
-            pool.release(refs, lost=len(refs) > 1)
+            pool.release(ended.refs, lost=len(ended.refs) > 1)
             raise own or error from error
         else:
-            result = ray.get(refs[0])
-            pool.release(refs, lost=False)
-            yield index, result
+            results = ray.get(ended.refs[: len(ended.bundle)])
+            pool.release(ended.refs, lost=False)
+            yield from zip(ended.bundle, results, strict=True)
 
 
-def _next_ended(running: dict[int, list[ray.ObjectRef]]) -> tuple[int, Exception | None]:
-    """The next unit of which every process ended well, or any one failed, and how it failed."""
-    pending = {ref: index for index, refs in running.items() for ref in refs}
+def _next_ended(running: list[_Flight], patience: float) -> tuple[_Flight, Exception | None]:
+    """The next bundle of which every process ended well, or any one failed, and how it failed."""
     while True:
-        (ref,), _ = ray.wait(list(pending), num_returns=1)
-        index = pending.pop(ref)
+        pending = {ref: flight for flight in running for ref in flight.open}
+        first = min(running, key=lambda flight: flight.deadline)
+        left = max(first.deadline - time.monotonic(), 0)
+        ready, _ = ray.wait(
+            list(pending), num_returns=1, timeout=None if math.isinf(left) else left
+        )
+        if not ready:
+            return first, LostPeer(f"a rank was silent for {patience:g} s after another had ended")
+        flight = pending[ready[0]]
+        flight.open.remove(ready[0])
         try:
-            ray.get(ref)
+            ray.get(ready[0])
         except (*_LOST, failures.RayTaskError) as error:
-            return index, error
-        if index not in pending.values():
-            return index, None
+            return flight, error
+        if not flight.open:
+            return flight, None
+        flight.deadline = min(flight.deadline, time.monotonic() + patience)

@@ -27,8 +27,8 @@ def replicas_that_fit(ranks_per_node: Sequence[int], replicas: Replicas[Any, Any
 
 
 class Replica:
-    """N actors that run every unit together. Ray never restarts one of them: a process group
-    cannot take a member back, so whoever loses a rank kills the replica and makes another."""
+    """N actors that run a bundle of units together. Ray never restarts one of them: a process
+    group cannot take a member back, so whoever loses a rank kills the replica and makes another."""
 
     def __init__(
         self,
@@ -51,16 +51,13 @@ class Replica:
         self._await_room(replicas, options, room_seconds)
         place = PlacementGroupSchedulingStrategy(self._group)
         actor = ray.remote(_Rank).options(max_restarts=0, scheduling_strategy=place, **options)
-        self._actors = [
-            actor.remote(replicas.make_rank, rank, replicas.ranks, threads)
-            for rank in range(replicas.ranks)
-        ]
+        self._actors = [actor.remote(replicas, rank, threads) for rank in range(replicas.ranks)]
         # Stays a reference: a rank that is lost before it has answered shows in every `run`.
         self._endpoint = self._actors[0].endpoint.remote()
 
-    def run(self, unit: Any) -> list[ray.ObjectRef]:
-        """Starts a unit on all ranks; rank 0's reference comes first."""
-        return [actor.run.remote(unit, self._endpoint) for actor in self._actors]
+    def run(self, bundle: Sequence[Any]) -> list[ray.ObjectRef]:
+        """Starts a bundle on all ranks; reference r is that of rank r, which runs unit r."""
+        return [actor.run.remote(tuple(bundle), self._endpoint) for actor in self._actors]
 
     def kill(self) -> None:
         """Ends all ranks at once and gives their room back."""
@@ -85,17 +82,10 @@ class Replica:
 class _Rank:
     """An actor that joins its replica and makes its worker once, when the first unit arrives."""
 
-    def __init__(
-        self,
-        make_rank: Callable[[Any], Callable[[Any], Any]],
-        rank: int,
-        size: int,
-        threads: int,
-    ) -> None:
+    def __init__(self, replicas: Replicas[Any, Any], rank: int, threads: int) -> None:
         fix_threads(threads)
-        self._make_rank = make_rank
-        self._rank, self._size = rank, size
-        self._worker: Callable[[Any], Any] | None = None
+        self._replicas, self._rank = replicas, rank
+        self._worker: Callable[[Sequence[Any]], Any] | None = None
 
     def endpoint(self) -> tuple[str, int]:
         """This node's address and a port that is free now."""
@@ -104,12 +94,14 @@ class _Rank:
             listener.bind(("", 0))
             return host, int(listener.getsockname()[1])
 
-    def run(self, unit: Any, endpoint: tuple[str, int]) -> Any:
+    def run(self, bundle: Sequence[Any], endpoint: tuple[str, int]) -> Any:
         if self._worker is None:
             from cluster.expert_parallel import Place, join
 
-            self._worker = self._make_rank(join(Place(self._rank, self._size, *endpoint)))
-        return self._worker(unit)
+            wanted = self._replicas
+            place = Place(self._rank, wanted.ranks, *endpoint, wanted.timeout_s)
+            self._worker = wanted.make_rank(join(place))
+        return self._worker(bundle)
 
 
 def _bundle(options: dict[str, Any]) -> dict[str, float]:

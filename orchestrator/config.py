@@ -43,8 +43,10 @@ class ExecutorConfig(Settings):
     # Part of the arithmetic: sums depend on the number of threads in their last bits.
     threads_per_unit: int = Field(default=1, gt=0)
     # Calibration only: processes that hold one copy of the model together, each with its share of
-    # the experts (DeepSpeed). Part of the arithmetic: another order of the same sums.
+    # the experts (DeepSpeed).
     ranks_per_replica: int = Field(default=1, gt=0)
+    # A rank that is alive but has not answered the others for this long is taken for lost.
+    rank_timeout_s: float = Field(default=900.0, gt=0)
     # STRICT_PACK: the ranks of a replica on one node. PACK: as few nodes as possible.
     placement: Literal["STRICT_PACK", "PACK"] = "STRICT_PACK"
 
@@ -74,3 +76,14 @@ class RunConfig(Settings):
     # None: nothing is measured, and the report says so.
     evaluate: EvaluateConfig | None = None
     executor: ExecutorConfig = ExecutorConfig()
+
+    @model_validator(mode="after")
+    def _autoep_needs_ranks(self) -> Self:
+        calibrate, ranks = self.calibrate, self.executor.ranks_per_replica
+        if calibrate.backend == "autoep" and ranks == 1:
+            raise ValueError("calibrate.backend=autoep needs executor.ranks_per_replica above 1")
+        if calibrate.backend == "autoep" and calibrate.engine == "streaming":
+            raise ValueError(
+                "calibrate.backend=autoep cannot stream: set calibrate.engine=resident"
+            )
+        return self

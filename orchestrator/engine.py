@@ -31,8 +31,8 @@ def choose(run: Prepared) -> Choice:
     Results do not depend on it, so a run may be resumed where the choice is another one.
     """
     asked, ranks = run.config.calibrate.engine, run.config.executor.ranks_per_replica
-    if ranks > 1:
-        why = f"{ranks} ranks of a replica hold the model together"
+    if run.config.calibrate.backend == "autoep":
+        why = "calibrate.backend=autoep needs it"
         return Choice("resident", why, estimate.calibrate(run, "resident"))
     if run.moe.checkpoint.config.get("is_encoder_decoder"):
         why = "an encoder-decoder is held whole by every worker"
@@ -45,10 +45,8 @@ def choose(run: Prepared) -> Choice:
     budget, source = worker_budget(run)
     engine: Engine = "resident" if needed <= budget else "streaming"
     fits = "fits" if needed <= budget else "does not fit"
-    why = (
-        f"a worker with the whole model needs about {human(needed)}, which {fits} into"
-        f" {human(budget)} ({source})"
-    )
+    who = f"one of {ranks} ranks" if ranks > 1 else "a worker with the whole model"
+    why = f"{who} needs about {human(needed)}, which {fits} into {human(budget)} ({source})"
     return Choice(engine, why, estimate.calibrate(run, engine))
 
 
@@ -66,11 +64,16 @@ def worker_budget(run: Prepared) -> tuple[int, str]:
 
 
 def worker_count(run: Prepared) -> int:
-    """Workers that hold a model at the same time; never more than there are shards."""
-    executor = run.config.executor
+    """Processes that hold a model, or a part of one, at the same time.
+
+    There are never more workers, or replicas of several ranks, than shards.
+    """
+    executor, shards = run.config.executor, run.config.calibrate.shards
     if executor.kind == "local":
         return 1
-    return min(executor.workers or os.cpu_count() or 1, run.config.calibrate.shards)
+    ranks = executor.ranks_per_replica
+    replicas = max((executor.workers or os.cpu_count() or 1) // ranks, 1)
+    return min(replicas, shards) * ranks
 
 
 def gpu_memory() -> int | None:

@@ -107,7 +107,10 @@ def _model_bytes(run: Prepared, dtype: str) -> int:
 
 
 def _streamed_bytes(run: Prepared, dtype: str) -> int:
-    """All outside the layers, the largest layer as it is read and as it is run, and arguments."""
+    """All outside the layers, the largest layer as it is read and as it is run, and arguments.
+
+    A rank that streams its share meets this only once: a layer of each kind is compared whole.
+    """
     by_layer: dict[int | None, int] = {None: 0}
     for info in run.moe.checkpoint.tensors.values():
         layer = run.moe.family.layer_of(info.name)

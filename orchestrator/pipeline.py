@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from cluster.executor import Replicas
 from models.atomic import text_digest
-from orchestrator import samples
+from orchestrator import run_folder, samples
 from orchestrator.preflight import Prepared, Variant
 from orchestrator.run_folder import MAIN
 from stages.calibrate import stage as calibrate
@@ -59,9 +60,7 @@ def calibrate_units(run: Prepared, engine: Engine) -> list[calibrate.ShardUnit]:
         "data": data_digest(run.config.calibrate.data),
         "corpus": read_digests(beside(run.folder.calibration_tokens)),
         "threads": str(run.config.executor.threads_per_unit),
-    }
-    if (ranks := run.config.executor.ranks_per_replica) > 1:
-        inputs["ranks"] = str(ranks)
+    } | run_folder.autoep(run.config)
     config = run.config.calibrate
     return calibrate.plan(
         config.model_copy(update={"sample": samples.settled_sample(config, run.moe)}),
@@ -103,7 +102,8 @@ def replicas(run: Prepared) -> Replicas[calibrate.ShardUnit, Done] | None:
         return None
     from stages.calibrate.parallel import make_rank
 
-    return Replicas(executor.ranks_per_replica, make_rank, executor.placement)
+    make = partial(make_rank, run.config.calibrate.backend)
+    return Replicas(executor.ranks_per_replica, make, executor.placement, executor.rank_timeout_s)
 
 
 def transform_units(

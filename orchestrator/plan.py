@@ -8,9 +8,9 @@ from pathlib import Path
 
 from rich.table import Table
 
-from orchestrator import engine, estimate, pipeline, samples
+from orchestrator import disk, engine, estimate, pipeline, samples
 from orchestrator.estimate import human
-from orchestrator.preflight import Prepared, disk_bytes, expected_layouts
+from orchestrator.preflight import Prepared, expected_layouts
 from stages.transform.stage import file_name
 from stages.unit import Unit, beside, read_marker
 from stages.verify import stage as verify
@@ -49,22 +49,20 @@ def summary(run: Prepared) -> str:
     """Sizes before and after, and what is needed on disk."""
     layouts = expected_layouts(run.variants[0], run.moe)
     before, after = run.moe.checkpoint.file_bytes, sum(each.file_bytes for each in layouts)
-    disk = disk_bytes(run)
     text = ""
-    scratch = engine.worker_count(run) * samples.scratch_bytes(run.config.calibrate, run.moe)
-    kept = samples.disk_bytes(run.config.calibrate, run.moe, run.calibration_domains)
-    disk = max(disk, kept + scratch)  # gone before the first output file is written
     if run.config.calibrate.statistics is None:
         choice = engine.choose(run)
         text = f"\ncalibrate: {choice.engine} engine: {choice.why}"
-        if choice.engine == "streaming":
-            # Hidden states are gone before the first output file is written.
-            disk = max(disk, engine.worker_count(run) * estimate.hidden_bytes(run))
+        if hidden := disk.hidden_bytes(run):
+            text += (
+                f"; hidden states of {disk.shards_at_once(run)} shards at a time take up to"
+                f" {human(hidden)} of disk"
+            )
     return (
         f"{run.moe.family.model_type}, {len(run.moe.layers)} MoE layers of {run.moe.num_experts}"
         f" experts, top-{run.moe.top_k}: {human(before)} -> {human(after)}"
-        f" ({after / before:.1%}), exactly {after:,} bytes of weights; {human(disk)} of"
-        f" disk at the peak{text}"
+        f" ({after / before:.1%}), exactly {after:,} bytes of weights;"
+        f" {human(disk.peak_bytes(run))} of disk at the peak{text}"
     )
 
 

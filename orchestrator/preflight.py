@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from bisect import bisect_right
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from models.atomic import file_digest
-from models.errors import CheckpointError, DiskFull
+from models.errors import CheckpointError
 from models.moe import MoeCheckpoint
 from models.skeleton import check_dense_tensors
 from models.support import reasons
@@ -100,7 +99,10 @@ def prepare(config: RunConfig) -> Prepared:
         evaluation_domains=evaluation_domains,
         notes=_notes(moe, copied),
     )
-    _check_disk(prepared)
+    # What is written depends on the engine, which is chosen for a prepared run.
+    from orchestrator.disk import check_disk
+
+    check_disk(prepared)
     return prepared
 
 
@@ -155,11 +157,6 @@ def _check_engine(config: RunConfig, moe: MoeCheckpoint) -> None:
         raise ConfigError(
             f"{moe.checkpoint.folder} is observed by one process that holds all of it: {why}",
             "set calibrate.engine=resident and executor.ranks_per_replica=1",
-        )
-    if ranks > 1 and config.calibrate.engine == "streaming":
-        raise ConfigError(
-            f"calibrate.engine=streaming runs in one process, ranks_per_replica is {ranks}",
-            "set calibrate.engine=auto, or executor.ranks_per_replica=1",
         )
     check_seq2seq(config, moe.checkpoint.config)
 
@@ -308,22 +305,6 @@ def _check_digest(path: Path) -> None:
             )
 
 
-def disk_bytes(prepared: Prepared) -> int:
-    """What the run writes at its peak: every variant's files, samples, distributions, blocks."""
-    files = sum(
-        layout.file_bytes
-        for variant in prepared.variants
-        for layout in expected_layouts(variant, prepared.moe)
-    )
-    evaluate, domains = prepared.config.evaluate, prepared.calibration_domains
-    files += samples.disk_bytes(prepared.config.calibrate, prepared.moe, domains)
-    if evaluate is None:
-        return files
-    vocabulary = int(prepared.moe.checkpoint.config["vocab_size"])
-    reference = prepared.evaluation_domains * evaluate.kl_positions * vocabulary * 4
-    return files + reference + evaluate.data.tokens * 4
-
-
 def _variants(config: RunConfig, moe: MoeCheckpoint) -> tuple[Variant, ...]:
     main = in_experts(Variant(MAIN, config.group, config.export), moe)
     names = config.evaluate.baselines if config.evaluate is not None else ()
@@ -359,16 +340,4 @@ def _check_length(data: CorpusConfig, moe: MoeCheckpoint) -> None:
         raise DataError(
             f"sequence_length is {data.sequence_length:,}, the model knows {limit:,} positions",
             f"set sequence_length to {limit:,} or less",
-        )
-
-
-def _check_disk(prepared: Prepared) -> None:
-    existing = prepared.folder.root
-    while not existing.exists():
-        existing = existing.parent
-    needed, free = disk_bytes(prepared), shutil.disk_usage(existing).free
-    if needed > free and not prepared.resumes:
-        raise DiskFull(
-            f"the run will write {needed:,} bytes to {prepared.folder.root}, {free:,} are free",
-            "free space, move `run_dir`, or drop baselines with evaluate.baselines=[]",
         )

@@ -143,15 +143,19 @@ def check(folder: RunFolder, config: RunConfig, model: str) -> bool:
 def settled(config: RunConfig) -> dict[str, Any]:
     """The part of a config that decides results; where and how fast units run is not in it."""
     # Whether sums are made from the sample changes neither the sample nor anything else.
-    free_here: dict[str, Any] = {"engine": True, "memory_bytes": True}
+    free_here: dict[str, Any] = {"engine": True, "memory_bytes": True, "backend": True}
     free_here |= {"min_tokens_per_expert": True, "sample": {"statistics"}}
     free: dict[str, Any] = {"run_dir": True, "executor": True, "calibrate": free_here}
     values: dict[str, Any] = config.model_dump(mode="json", exclude=free)
-    executor = config.executor
-    # Left out where it is 1, as in the folders of runs that knew no replicas.
-    ranks = {"ranks_per_replica": executor.ranks_per_replica}
-    values |= ranks if executor.ranks_per_replica > 1 else {}
-    return values | {"threads_per_unit": executor.threads_per_unit}
+    values["calibrate"] |= autoep(config)
+    return values | {"threads_per_unit": config.executor.threads_per_unit}
+
+
+def autoep(config: RunConfig) -> dict[str, str]:
+    """AutoEP has an arithmetic of its own, in which the number of ranks shows; others have not."""
+    if config.calibrate.backend == "thin":
+        return {}
+    return {"backend": f"autoep-{config.executor.ranks_per_replica}"}
 
 
 def refuse_changed(folder: RunFolder, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -68,13 +68,17 @@ class Scheduler:
 
         Finished units are handed out as well: their digests are checked where they lie.
         """
-        finished = sum(read_marker(unit) is not None for unit in units)
+        todo = [read_marker(unit) is None for unit in units]
+        # Finished ones first: ranks that run units in step do not wait for one of them.
+        order = sorted(range(len(units)), key=todo.__getitem__)
+        finished = todo.count(False)
         self._events.emit("stage_started", stage=stage, units=len(units))
         if finished:
             self._events.emit("resuming", stage=stage, done=finished, units=len(units))
         start, results = time.monotonic(), dict[int, Done]()
-        for index, done in self._executor.imap(job, units) if units else ():
-            results[index] = done
+        turns = [units[index] for index in order]
+        for turn, done in self._executor.imap(job, turns) if units else ():
+            results[order[turn]] = done
             self._report(stage, results, len(units), done, time.monotonic() - start)
         ordered = [results[index] for index in range(len(units))]
         self.done.setdefault(stage, []).extend(ordered)

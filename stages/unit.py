@@ -104,11 +104,16 @@ def read_marker(unit: Unit) -> Done | None:
     return Done(unit.name, marker["result"], digests, seconds, peak, resumed=True)
 
 
+def finished(unit: Unit) -> Done | None:
+    """The outcome of a unit that is done with intact files; reads every byte of them."""
+    done = read_marker(unit)
+    return done if done is not None and _intact(unit, done) else None
+
+
 def execute(unit: U, run_one: Callable[[U], dict[str, Any]]) -> Done:
     """Runs a unit unless it is already done with intact files; marks it when it is."""
-    done = read_marker(unit)
-    if done is not None and _intact(unit, done):
-        return done
+    if (found := finished(unit)) is not None:
+        return found
     with suppress(OSError):
         unit.marker.unlink()
     reset_peak_rss()

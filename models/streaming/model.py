@@ -7,7 +7,7 @@ run one by one on hidden states that the caller keeps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from models.checkpoint import FLOAT_BYTES, Checkpoint
 from models.errors import CheckpointError
+from models.partial import is_needed, narrow, needed_part
 from models.streaming.private import Converter
 
 _TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -69,6 +70,8 @@ class StreamedModel:
         checkpoint: the folder; its safetensors are read through transformers' own conversion.
         dtype: `auto` (as stored), `float32`, `bfloat16` or `float16`, as in `from_pretrained`.
         device: where the resident part and the current layer live.
+        experts: the only ones to be read in every layer (`models/partial.py`); None: all.
+        layers_only: nothing is resident; layers can be read and no model can be run.
 
     Raises:
         CheckpointError: a tensor is unexpected, missing or of another shape; the family has no
@@ -76,31 +79,49 @@ class StreamedModel:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, dtype: str = "auto", device: str | torch.device = "cpu"
+        self,
+        checkpoint: Checkpoint,
+        dtype: str = "auto",
+        device: str | torch.device = "cpu",
+        *,
+        experts: range | None = None,
+        layers_only: bool = False,
     ) -> None:
         self._checkpoint = checkpoint
+        self._experts = experts
         self.device = torch.device(device)
         self.model, self.dtype = _build(checkpoint, dtype)
         self._prefix, self.layers = _decoder_layers(self.model)
+        if experts is not None:
+            narrow(self.layers, experts)
         self._converter = Converter(self.model, self.dtype, self.device)
         self._names = self._group_names()
-        self._load_rest()
+        if not layers_only:
+            self._load_rest()
 
     @property
     def config(self) -> Any:
         """The model's config."""
         return self.model.config
 
+    def layer_name(self, index: int) -> str:
+        """The path of a decoder layer in the model."""
+        return f"{self._prefix}.{index}"
+
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
         """Within the context a decoder layer is in memory."""
-        layer = self.layers[index]
         try:
-            wrong, _ = self._read(self._names.get(index, ()))
-            self._refuse(wrong, layer, f"{self._prefix}.{index}")
-            yield layer
+            yield self.load(index)
         finally:
-            layer.to("meta")
+            self.layers[index].to("meta")
+
+    def load(self, index: int) -> nn.Module:
+        """A decoder layer, in memory from now on."""
+        layer = self.layers[index]
+        wrong, _ = self._read(self._names.get(index, {}))
+        self._refuse(wrong, layer, self.layer_name(index))
+        return layer
 
     @torch.inference_mode()
     def calls(self, **inputs: Any) -> list[LayerCall]:
@@ -143,15 +164,18 @@ class StreamedModel:
             for layer in self.layers:
                 del layer.forward  # the class's own method shows again
 
-    def _group_names(self) -> dict[int | None, list[str]]:
-        """Decoder layer -> names on disk; None: everything else, unknown names included."""
-        groups: dict[int | None, list[str]] = {_REST: []}
+    def _group_names(self) -> dict[int | None, dict[str, str]]:
+        """Decoder layer -> names on disk, each with the name of the parameter that it becomes (a
+        part of); None: everything else, unknown names included."""
+        groups: dict[int | None, dict[str, str]] = {_REST: {}}
         start = f"{self._prefix}."
         for name in self._checkpoint.tensors:
+            if self._experts is not None and not is_needed(name, self._experts):
+                continue
             memory = self._converter.memory_name(name) or ""
             number = memory.removeprefix(start).partition(".")[0]
             is_layer = memory.startswith(start) and number.isdigit()
-            groups.setdefault(int(number) if is_layer else _REST, []).append(name)
+            groups.setdefault(int(number) if is_layer else _REST, {})[name] = memory
         return groups
 
     def _load_rest(self) -> None:
@@ -161,7 +185,7 @@ class StreamedModel:
         with _without_layers(self.model, self._prefix):
             self._refuse(wrong, self.model, "")
 
-    def _read(self, names: Sequence[str]) -> tuple[list[str], set[str]]:
+    def _read(self, names: Mapping[str, str]) -> tuple[list[str], set[str]]:
         """Loads tensors; the files are closed again, so that their pages can be given back."""
         from safetensors import SafetensorError, safe_open
 
@@ -172,9 +196,13 @@ class StreamedModel:
                     file: stack.enter_context(safe_open(folder / file, framework="pt"))
                     for file in sorted({info.file for info in infos})
                 }
-                return self._converter.load(
-                    {i.name: files[i.file].get_slice(i.name) for i in infos}
-                )
+                slices = {info.name: files[info.file].get_slice(info.name) for info in infos}
+                if self._experts is not None:
+                    slices = {
+                        name: needed_part(name, names[name], tensor, self._experts)
+                        for name, tensor in slices.items()
+                    }
+                return self._converter.load(slices)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"cannot read {folder}: {error}") from error
 
@@ -260,8 +288,8 @@ def _as_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerCall:
     return LayerCall(kwargs.pop("hidden_states"), (), kwargs)
 
 
-def open_streamed(folder: Path, dtype: str) -> StreamedModel:
-    """A streamed causal LM on this worker's device."""
+def open_streamed(folder: Path, dtype: str, **parts: Any) -> StreamedModel:
+    """A streamed causal LM on this worker's device; `parts` as in `StreamedModel`."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # Links were looked at when the run was prepared.
-    return StreamedModel(Checkpoint.open(folder, allow_links=True), dtype, device)
+    return StreamedModel(Checkpoint.open(folder, allow_links=True), dtype, device, **parts)

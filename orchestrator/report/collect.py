@@ -68,9 +68,7 @@ def collect(found: Collected) -> dict[str, Any]:
         **_layers(found),
         "warnings": [
             *found.prepared.notes,
-            *coverage.warnings(
-                layers_of(found.statistics), config.calibrate.min_tokens_per_expert
-            ),
+            *coverage.warnings(layers_of(found.statistics), config.calibrate.min_tokens_per_expert),
         ],
         "tokens": _tokens(found),
         "calibrate": _engines(found),

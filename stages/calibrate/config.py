@@ -13,6 +13,7 @@ from stages.settings import Settings
 VERSION = 2
 
 Engine = Literal["resident", "streaming"]
+Backend = Literal["thin", "autoep"]
 
 
 class SampleConfig(Settings):
@@ -36,6 +37,10 @@ class CalibrateConfig(Settings):
     # resident: a worker holds the whole model. streaming: one decoder layer at a time, any depth.
     # Statistics are the same, bit for bit; auto: resident wherever it fits.
     engine: Literal["resident", "streaming", "auto"] = "auto"
+    # With executor.ranks_per_replica > 1. thin: around the family's own router and experts, exact
+    # for any family. autoep: DeepSpeed's AutoEP layers, which route and add by themselves; only for
+    # families that it has presets for, whole models in memory, and a table of their own.
+    backend: Backend = "thin"
     # Memory of one worker that `auto` fits the model into. None: free memory of the host that
     # starts the run / workers, or the memory of one of its GPUs.
     memory_bytes: int | None = Field(default=None, gt=0)

@@ -121,12 +121,7 @@ class Replica:
         found = batches_of(unit)
         recorder = recorder_of(unit)
         streaming.remove_stale(unit.output)
-        model = self._model(unit)
-        if unit.engine == "streaming":
-            streaming.observe(model, found, recorder, unit.output)
-        else:
-            for batch in found:
-                observe_batch(model, batch, recorder)
+        observe(self._model(unit), unit, found, recorder)
         write_shard(unit, recorder)
         return summary(unit, found)
 
@@ -168,6 +163,15 @@ def summary(unit: ShardUnit, found: Sequence[Batch]) -> dict[str, Any]:
 def reduce(units: Sequence[ShardUnit]) -> pa.Table:
     """The sum over shards in shard order, each once, whatever order they ended in."""
     return add_files([unit.output for unit in units])
+
+
+def observe(model: Any, unit: ShardUnit, found: Sequence[Batch], recorder: Recorder) -> None:
+    """Takes the batches through the model by the unit's engine; both give the same sums."""
+    if unit.engine == "streaming":
+        streaming.observe(model, found, recorder, unit.output)
+        return
+    for batch in found:
+        observe_batch(model, batch, recorder)
 
 
 def make_worker() -> Callable[[ShardUnit], Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -10,11 +11,13 @@ from models.arrow import write_table
 from stages.calibrate.config import CalibrateConfig
 from stages.calibrate.stage import ShardUnit, plan
 from stages.corpus.config import CorpusConfig, Source
-from tests.tiny import EXPERTS, random_ids
+from tests.tiny import random_ids, save_tiny
 
-# Three batches of two of `code`, four of `text`: seven, no multiple of two or three ranks.
+# Divided by two and by four ranks.
+EXPERTS = 8
+# Three batches of two of `code`, four of `text`: in three shards of 2, 2 and 3 batches.
 LENGTHS = {"code": [7, 7, 3, 1, 6], "text": [9, 2, 9, 9, 5, 8, 4]}
-BATCHES = 7
+SHARDS = 3
 CORPUS = "tokens.arrow"
 
 
@@ -30,22 +33,25 @@ def write_corpus(folder: Path) -> Path:
     return folder / CORPUS
 
 
-def units_of(model: Path, folder: Path, shards: int, output: str = "shards") -> list[ShardUnit]:
+def save_dealt(folder: Path, family: str) -> Path:
+    """A tiny checkpoint whose experts several ranks can share."""
+    name = "num_local_experts" if family == "mixtral" else "num_experts"
+    return save_tiny(folder, family, **{name: EXPERTS})
+
+
+def units_of(
+    model: Path, folder: Path, shards: int = SHARDS, output: str = "shards", **fields: Any
+) -> list[ShardUnit]:
     """The shards over the corpus in `folder`, in batches of two."""
+    source = CorpusConfig(sources=(Source(path="x"),))
+    engine = fields.pop("engine", "resident")
     return plan(
-        CalibrateConfig(
-            data=CorpusConfig(sources=(Source(path="x"),)), shards=shards, batch_size=2
-        ),
+        CalibrateConfig(data=source, shards=shards, batch_size=2, **fields),
         blocks=sum(map(len, LENGTHS.values())),
         corpus=folder / CORPUS,
         model=model,
         num_experts=EXPERTS,
         folder=folder / output / model.name,
         inputs={"model": model.name},
+        engine=engine,
     )
-
-
-def unit_of(model: Path, folder: Path, output: str = "shards") -> ShardUnit:
-    """One shard over everything."""
-    (unit,) = units_of(model, folder, 1, output)
-    return unit

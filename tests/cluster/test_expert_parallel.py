@@ -1,130 +1,148 @@
-"""Replicas of real DeepSpeed process groups compute what one process computes."""
+"""Replicas of real DeepSpeed process groups compute what one process computes, to the last bit."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from cluster.expert_parallel import ExpertGroup
-from stages.calibrate.observer import INTEGERS
-from stages.calibrate.parallel import dealt
 from stages.calibrate.stage import Replica
 from stages.calibrate.statistics import domain_sums, read_statistics
-from stages.model import load_model
-from stages.unit import Done
-from tests.cluster.ranks import run_ranks
-from tests.cluster.shards import BATCHES, LENGTHS, unit_of, write_corpus
-from tests.tiny import (
-    EXPERTS,
-    FAMILIES,
-    TOP_K,
-    logits_of,
-    open_model,
-    random_ids,
-    same_bits,
-    save_tiny,
-)
+from tests.cluster.counting import Counting
+from tests.cluster.ranks import CASES, case_folder, run_ranks
+from tests.cluster.shards import LENGTHS, SHARDS, save_dealt, units_of, write_corpus
+from tests.tiny import FAMILIES, TOP_K, logits_of, open_model, random_ids
+from tests.tiny_families import FAMILIES as ALL_FAMILIES
+from tests.tiny_families import save_family
+
+SIZES = [(2, "diagonal"), pytest.param((4, "shards"), marks=pytest.mark.slow)]
 
 
-@pytest.fixture(
-    scope="module",
-    params=[2, pytest.param(3, marks=pytest.mark.slow)],
-    ids=["two ranks", "three ranks"],
-)
+@pytest.fixture(scope="module", params=SIZES, ids=["two ranks", "four ranks"])
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Number of ranks, and the folder with what they found for every family."""
+    """Number of ranks, and the folder with the shards that they wrote for every family."""
     folder = tmp_path_factory.mktemp("replica")
     write_corpus(folder)
     for family in FAMILIES:
-        save_tiny(folder / f"model-{family}", family)
-    for each in run_ranks("families", folder, request.param):
+        save_dealt(folder / f"model-{family}", family)
+    size, function = request.param
+    for each in run_ranks(function, folder, size):
         assert each.returncode == 0, each.stdout
-    return request.param, folder
-
-
-def found_by(ranks: tuple[int, Path], family: str) -> list[dict[str, Any]]:
-    size, folder = ranks
-    files = (folder / f"model-{family}-{rank}.pt" for rank in range(size))
-    return [torch.load(file, weights_only=False) for file in files]
+    return size, folder
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_are_those_of_one_process(ranks: tuple[int, Path], family: str) -> None:
-    whole = open_model(ranks[1] / f"model-{family}")
-    for rank, found in enumerate(found_by(ranks, family)):
-        expected = logits_of(whole, random_ids(1 + rank, 7 + 4 * rank, rank))
-        assert float((found["logits"] - expected).abs().max()) <= 1e-6
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_bfloat16_logits_are_those_of_one_process(ranks: tuple[int, Path], family: str) -> None:
-    whole = load_model(ranks[1] / f"model-{family}", "bfloat16")
-    for rank, found in enumerate(found_by(ranks, family)):
-        expected = logits_of(whole, random_ids(2, 9, rank))
-        assert found["half"].dtype == torch.bfloat16
-        assert same_bits(found["half"], expected)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_each_rank_holds_its_share_of_the_experts(ranks: tuple[int, Path], family: str) -> None:
-    assert {found["experts"] for found in found_by(ranks, family)} == {EXPERTS // ranks[0]}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_shard_is_the_one_of_a_single_process(ranks: tuple[int, Path], family: str) -> None:
-    """Also with a number of batches that the ranks cannot share evenly."""
-    assert BATCHES % ranks[0]
-    folder, model = ranks[1], ranks[1] / f"model-{family}"
-    alone = unit_of(model, folder, "alone")
-    result = Replica().run_one(alone)
-
-    found, expected = (
-        domain_sums(read_statistics(unit.output)) for unit in (unit_of(model, folder), alone)
-    )
-
-    assert list(found) == list(expected)
-    for key, sums in expected.items():
-        for name, values in sums.items():
-            if name in INTEGERS:
-                assert np.array_equal(found[key][name], values), name
-            else:
-                np.testing.assert_allclose(found[key][name], values, rtol=1e-6, atol=1e-6)
-    assert found_by(ranks, family)[0]["first"].result == result
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_dummy_batches_count_nowhere(ranks: tuple[int, Path], family: str) -> None:
-    table = domain_sums(read_statistics(unit_of(ranks[1] / f"model-{family}", ranks[1]).output))
-    for (domain, _), sums in table.items():
-        assert sums["tokens"].tolist() == [sum(LENGTHS[domain])] * EXPERTS
-        assert sums["selected"].sum() == sum(LENGTHS[domain]) * TOP_K
-    assert {domain for domain, _ in table} == set(LENGTHS)
-
-
-def test_only_rank_0_reports_and_a_finished_shard_is_not_run_again(
-    ranks: tuple[int, Path],
-) -> None:
-    first, *others = found_by(ranks, "mixtral")
-    assert isinstance(first["first"], Done)
-    assert not first["first"].resumed
-    assert first["second"].resumed
-    assert all(other["first"] is None and other["second"] is None for other in others)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_layer_that_answers_otherwise_is_refused_with_numbers(
+def test_shards_are_those_of_one_process_byte_for_byte(
     ranks: tuple[int, Path], family: str
 ) -> None:
-    for found in found_by(ranks, family):
-        assert (
-            "layer 0 differs between an expert-parallel replica and one process by"
-            in (found["refused"])
-        )
+    """In fp32 and bf16, by both engines; the reference is always resident."""
+    (size, folder), model = ranks, ranks[1] / f"model-{family}"
+    for dtype, engine in CASES if size == 4 else CASES[:: len(CASES) - 1]:
+        output = case_folder(dtype, engine)
+        alone = units_of(model, folder, output=f"alone-{output}", dtype=dtype)
+        results = [Replica().run_one(unit) | {"engine": engine} for unit in alone]
+
+        found = units_of(model, folder, output=output, dtype=dtype, engine=engine)
+
+        assert [each.fingerprint for each in found] == [each.fingerprint for each in alone]
+        for ours, theirs in zip(found, alone, strict=True):
+            assert ours.output.read_bytes() == theirs.output.read_bytes()
+        assert [each.result for each in first_run(ranks, family, dtype, engine)] == results
+
+
+def first_run(ranks: tuple[int, Path], family: str, dtype: str, engine: str) -> list[Any]:
+    """Outcomes of the shards in their order."""
+    return _runs(ranks, family, dtype, engine)[0]
+
+
+def _runs(ranks: tuple[int, Path], family: str, dtype: str, engine: str) -> list[list[Any]]:
+    size, folder = ranks
+    name = f"model-{family}-{case_folder(dtype, engine)}"
+    files = (folder / f"{name}-{rank}.pt" for rank in range(size))
+    by_rank = [torch.load(file, weights_only=False) for file in files]
+    runs = []
+    for attempt in range(2):
+        steps = zip(*(found[attempt] for found in by_rank), strict=True)
+        given = [done for bundle in steps for done in bundle]
+        assert given[SHARDS:] == [None] * (len(given) - SHARDS)
+        runs.append(given[:SHARDS])
+    return runs
+
+
+def test_finished_shards_are_not_run_again(ranks: tuple[int, Path]) -> None:
+    first, second = _runs(ranks, "mixtral", "auto", "resident")
+
+    assert not any(done.resumed for done in first)
+    assert all(done.resumed for done in second)
+
+
+def test_idle_steps_count_nowhere(ranks: tuple[int, Path]) -> None:
+    for family in FAMILIES:
+        folder, seen = ranks[1], dict.fromkeys(LENGTHS, 0)
+        for unit in units_of(folder / f"model-{family}", folder, output="auto-resident"):
+            for (domain, layer), sums in domain_sums(read_statistics(unit.output)).items():
+                assert sums["selected"].sum() == sums["tokens"][0] * TOP_K
+                seen[domain] += sums["tokens"][0] if layer == 0 else 0
+        assert seen == {domain: sum(lengths) for domain, lengths in LENGTHS.items()}
+
+
+# All families -------------------------------------------------------------------------------------
+
+
+def slow_unless_core(family: str) -> Any:
+    core = family in ("Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe")
+    return family if core else pytest.param(family, marks=pytest.mark.slow)
+
+
+class Pairs:
+    """What two ranks found for a family; all families of a session in one pair of processes."""
+
+    def __init__(self, folder: Path, families: list[str]) -> None:
+        self.folder = folder
+        for family in families:
+            save_family(folder / f"model-{family}", family)
+        for each in run_ranks("logits", folder):
+            assert each.returncode == 0, each.stdout
+
+    def of(self, family: str) -> list[dict[str, Any]]:
+        files = (self.folder / f"model-{family}-logits-{rank}.pt" for rank in range(2))
+        return [torch.load(file, weights_only=False) for file in files]
+
+
+@pytest.fixture(scope="module")
+def pairs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pairs:
+    wanted = {
+        item.callspec.params["family"]
+        for item in request.session.items
+        if item.module is request.module and "pairs" in getattr(item, "fixturenames", ())
+    }
+    return Pairs(tmp_path_factory.mktemp("pairs"), sorted(wanted))
+
+
+@pytest.mark.parametrize("family", map(slow_unless_core, ALL_FAMILIES))
+def test_logits_and_counts_are_those_of_one_process(pairs: Pairs, family: str) -> None:
+    whole = open_model(pairs.folder / f"model-{family}")
+    for rank, found in enumerate(pairs.of(family)):
+        ids = random_ids(1 + rank, 7 + 4 * rank, rank)
+        with Counting(whole) as counts:
+            expected = logits_of(whole, ids)
+        assert float((found["logits"] - expected).abs().max()) <= 1e-6
+        assert found["counts"].keys() == counts.keys() and counts
+        assert all(found["counts"][layer].equal(count) for layer, count in counts.items())
+        assert set(found["held"].values()) == {2}  # of 4 experts, biases included
+
+
+@pytest.mark.parametrize("family", map(slow_unless_core, ALL_FAMILIES))
+def test_a_block_that_answers_otherwise_is_refused_with_numbers(pairs: Pairs, family: str) -> None:
+    for found in pairs.of(family):
+        assert "differs between an expert-parallel replica and one process by" in found["refused"]
         assert "is allowed" in found["refused"]
+
+
+# The group ----------------------------------------------------------------------------------------
 
 
 def test_a_lost_rank_is_noticed_by_the_others(tmp_path: Path) -> None:
@@ -140,14 +158,6 @@ def test_no_compiler_is_needed(tmp_path: Path) -> None:
     for each in run_ranks("join_only", tmp_path, path=str(empty)):
         assert each.returncode == 0, each.stdout
         assert "deepspeed_shm_comm" not in each.stdout
-
-
-@pytest.mark.parametrize("items", [0, 1, 5, 6, 7])
-def test_batches_are_dealt_once_in_equal_numbers_of_steps(items: int) -> None:
-    hands = [list(dealt(range(items), ExpertGroup(rank, 3, None))) for rank in range(3)]
-    assert len({len(hand) for hand in hands}) == 1
-    assert sorted(i for hand in hands for i in hand if i is not None) == list(range(items))
-    assert all(None not in hand[:-1] for hand in hands)
 
 
 def test_experts_are_owned_once_and_in_order() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,16 +32,20 @@ def executor() -> Iterator[RayExecutor]:
         cluster.shutdown()
 
 
-def say_nodes(group: ExpertGroup) -> Callable[[Path], list[str] | None]:
+def say_node(group: ExpertGroup) -> Callable[[Sequence[Path]], str]:
     import ray
 
-    return lambda unit: group.gather(ray.util.get_node_ip_address()) or None
+    def run(bundle: Sequence[Path]) -> str:
+        group.largest(0)
+        return str(ray.util.get_node_ip_address())
+
+    return run
 
 
 def nodes_of(executor: RayExecutor, placement: Literal["STRICT_PACK", "PACK"]) -> Any:
-    replicas = Replicas[Path, Any](2, say_nodes, placement)
+    replicas = Replicas[Path, Any](2, say_node, placement)
     job = Job[Path, Any](lambda: lambda unit: None, stateful=True, replicas=replicas)
-    return dict(executor.imap(job, [Path("unit")]))[0]
+    return list(dict(executor.imap(job, [Path("one"), Path("two")])).values())
 
 
 def test_pack_may_use_two_nodes(executor: RayExecutor) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import preflight
+from orchestrator import disk, preflight
 from orchestrator.estimate import human
 from orchestrator.load import load
 from orchestrator.plan import Row, rows, summary
@@ -86,9 +86,9 @@ def test_the_summary_has_both_sizes_and_the_exact_number_of_bytes(inputs: Inputs
 
 
 def test_the_disk_that_is_needed_includes_baselines(inputs: Inputs) -> None:
-    alone = preflight.disk_bytes(prepared(inputs, "calibrate.sample=null"))
+    alone = disk.disk_bytes(prepared(inputs, "calibrate.sample=null"))
     reap = held_out(inputs, "reap")
-    compared = preflight.disk_bytes(prepared(inputs, "calibrate.sample=null", reap))
+    compared = disk.disk_bytes(prepared(inputs, "calibrate.sample=null", reap))
     assert compared == 2 * alone + 10 * 64 * 4 + 64 * 4
 
 

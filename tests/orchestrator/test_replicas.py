@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import json
 from typing import Any
 
 import numpy as np
@@ -10,41 +10,92 @@ import pytest
 
 from models.moe import MoeCheckpoint
 from orchestrator import estimate, preflight
-from orchestrator.errors import ConfigError
+from orchestrator.engine import choose, worker_count
+from orchestrator.errors import ConfigError, RunFolderError
+from orchestrator.events import Event
 from orchestrator.load import load
-from orchestrator.preflight import prepare
-from orchestrator.run import run
+from orchestrator.preflight import Prepared, prepare
+from orchestrator.run import observe
+from orchestrator.run_folder import settled
 from stages.calibrate.observer import INTEGERS
 from stages.calibrate.statistics import domain_sums, metadata_of, read_statistics
 from tests.orchestrator.tiny_run import Inputs
 
 RANKS = {"kind": "ray", "workers": 4, "ranks_per_replica": 2}
+ALONE = {"kind": "local"}
 
 
-def statistics_of(inputs: Inputs, name: str, executor: dict[str, Any]) -> Path:
-    """Runs into a folder of its own; returns the statistics table."""
-    run_dir = inputs.root / name
-    changes = {"executor": executor, "run_dir": str(run_dir), "calibrate__shards": 3}
-    run(prepare(load(str(inputs.recipe(calibrate__batch_size=4, **changes))).config))
-    assert (run_dir / "output" / "config.json").exists()
-    return run_dir / "statistics.arrow"
+def prepared(inputs: Inputs, name: str, executor: dict[str, Any], **calibrate: Any) -> Prepared:
+    """A run in a folder of its own, in six shards."""
+    changes = {f"calibrate__{key}": value for key, value in calibrate.items()}
+    run_dir = str(inputs.root / name)
+    recipe = inputs.recipe(
+        executor=executor, run_dir=run_dir, calibrate__shards=6, calibrate__batch_size=2, **changes
+    )
+    return prepare(load(str(recipe)).config)
+
+
+class Killed(Exception):
+    """The driver is gone."""
+
+
+def observe_until(run: Prepared, shards: int) -> None:
+    """Observes and ends the driver when so many shards are done."""
+
+    def listen(event: Event) -> None:
+        if event["event"] == "unit_done" and event["stage"] == "calibrate":
+            done.append(event)
+            if len(done) == shards:
+                raise Killed
+
+    done: list[Event] = []
+    with pytest.raises(Killed):
+        observe(run, [listen])
 
 
 @pytest.mark.slow
-def test_two_replicas_of_two_ranks_observe_what_one_process_does(inputs: Inputs) -> None:
-    expected = domain_sums(read_statistics(statistics_of(inputs, "local", {"kind": "local"})))
+def test_any_number_of_replicas_and_ranks_continues_a_run_to_the_same_bytes(
+    inputs: Inputs,
+) -> None:
+    expected = observe(prepared(inputs, "alone", ALONE)).read_bytes()
 
-    path = statistics_of(inputs, "replicas", RANKS)
+    observe_until(prepared(inputs, "first-ranks", RANKS), shards=3)
+    found = observe(prepared(inputs, "first-ranks", ALONE))
+    assert found.read_bytes() == expected
 
-    found = domain_sums(read_statistics(path))
-    assert metadata_of(read_statistics(path))["ranks"] == "2"
-    assert list(found) == list(expected)
-    for key, sums in expected.items():
+    observe_until(prepared(inputs, "first-alone", ALONE), shards=3)
+    found = observe(prepared(inputs, "first-alone", RANKS, engine="streaming"))
+    assert found.read_bytes() == expected
+    lines = (found.parent / "events.jsonl").read_text().splitlines()
+    events = [json.loads(line) for line in lines]
+    units = [each for each in events if each["event"] == "unit_done"]
+    resumed = [each["resumed"] for each in units if each["stage"] == "calibrate"]
+    assert resumed[:3] == [False] * 3 and sorted(resumed[3:]) == [False] * 3 + [True] * 3
+
+
+@pytest.mark.slow
+def test_autoep_is_marked_and_does_not_mix_with_others(inputs: Inputs) -> None:
+    found = read_statistics(observe(prepared(inputs, "autoep", RANKS, backend="autoep")))
+    assert metadata_of(found)["backend"] == "autoep-2"
+
+    expected = domain_sums(read_statistics(observe(prepared(inputs, "alone", ALONE))))
+    for key, sums in domain_sums(found).items():
         for name, values in sums.items():
             if name in INTEGERS:
-                assert np.array_equal(found[key][name], values), name
+                assert np.array_equal(expected[key][name], values), name
             else:
-                np.testing.assert_allclose(found[key][name], values, rtol=1e-6, atol=1e-6)
+                np.testing.assert_allclose(values, expected[key][name], rtol=1e-5, atol=1e-6)
+    with pytest.raises(RunFolderError, match=r"config\.calibrate\.backend was .*autoep-2"):
+        prepared(inputs, "autoep", RANKS)
+
+
+def test_autoep_needs_ranks_and_whole_models(inputs: Inputs) -> None:
+    with pytest.raises(ConfigError, match="autoep needs executor"):
+        prepared(inputs, "run", ALONE, backend="autoep")
+    with pytest.raises(ConfigError, match="autoep cannot stream"):
+        prepared(inputs, "run", RANKS, backend="autoep", engine="streaming")
+    run = prepared(inputs, "run", RANKS, backend="autoep", memory_bytes=1)
+    assert choose(run).engine == "resident"
 
 
 def test_experts_that_cannot_be_dealt_out_evenly_are_refused(inputs: Inputs) -> None:
@@ -81,13 +132,10 @@ def test_fewer_workers_than_ranks_are_refused(inputs: Inputs) -> None:
         load(str(inputs.recipe(executor=executor)))
 
 
-def test_one_rank_leaves_the_identity_of_a_run_as_it_was(inputs: Inputs) -> None:
-    from orchestrator.run_folder import settled
-
+def test_ranks_are_no_part_of_what_a_run_is(inputs: Inputs) -> None:
     one = load(str(inputs.recipe())).config
     two = load(str(inputs.recipe(executor=RANKS))).config
-    assert "ranks_per_replica" not in settled(one)
-    assert settled(two) == settled(one) | {"ranks_per_replica": 2}
+    assert settled(two) == settled(one)
 
 
 def test_a_rank_is_estimated_by_its_part_of_the_experts(inputs: Inputs) -> None:
@@ -102,7 +150,21 @@ def test_a_rank_is_estimated_by_its_part_of_the_experts(inputs: Inputs) -> None:
     assert rank - whole == -2 * experts // 2 + experts
 
 
-def test_streaming_by_several_ranks_is_refused(inputs: Inputs) -> None:
-    recipe = inputs.recipe(executor=RANKS, calibrate__engine="streaming")
-    with pytest.raises(ConfigError, match="streaming runs in one process, ranks_per_replica is 2"):
-        prepare(load(str(recipe)).config)
+@pytest.mark.parametrize(("memory", "engine"), [(1, "streaming"), (1 << 40, "resident")])
+def test_the_engine_of_ranks_is_chosen_by_the_memory_of_one(
+    inputs: Inputs, memory: int, engine: str
+) -> None:
+    choice = choose(prepared(inputs, "run", RANKS, memory_bytes=memory))
+    assert choice.engine == engine
+    assert choice.why.startswith("one of 2 ranks needs about")
+
+
+@pytest.mark.parametrize(
+    ("workers", "ranks", "shards", "processes"), [(4, 2, 6, 4), (5, 2, 6, 4), (8, 2, 3, 6)]
+)
+def test_free_memory_is_shared_by_all_ranks(
+    inputs: Inputs, workers: int, ranks: int, shards: int, processes: int
+) -> None:
+    executor = {"kind": "ray", "workers": workers, "ranks_per_replica": ranks}
+    run = prepare(load(str(inputs.recipe(executor=executor, calibrate__shards=shards))).config)
+    assert worker_count(run) == processes

@@ -11,6 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator import disk
+from orchestrator.estimate import human
+from orchestrator.load import load
+from orchestrator.plan import summary
+from orchestrator.preflight import prepare
 from tests.orchestrator.refusals import assert_one_message, assert_refused
 from tests.orchestrator.tiny_run import (
     Command,
@@ -51,6 +56,36 @@ def test_a_run_that_will_not_fit_on_the_disk_is_refused_with_numbers(
     recipe = inputs.recipe(run_dir=str(small_disk / "run"))
     assert_refused(coalesce, inputs, recipe, "will write 151,608 bytes", "65,536 are free")
     assert not (small_disk / "run").exists()
+
+
+def test_hidden_states_that_will_not_fit_are_refused_with_numbers(
+    coalesce: Command, inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """512 tokens in two shards, 32 values of 4 bytes each: streamed one after the other."""
+    usage = shutil.disk_usage("/")._replace(free=30_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage)
+    monkeypatch.setattr(disk, "disk_bytes", lambda _run: 0)
+    recipe = inputs.recipe(calibrate__engine="streaming")
+    words = "hidden states of 1 shards at a time, 32,768 bytes", "30,000 are free"
+    assert_refused(coalesce, inputs, recipe, *words)
+    assert not inputs.run_dir.exists()
+
+
+@pytest.mark.parametrize(("executor", "shards"), [({"workers": 3}, 2), ({"workers": 1}, 1)])
+def test_the_plan_shows_the_hidden_states_of_all_workers(
+    inputs: Inputs, executor: dict[str, int], shards: int
+) -> None:
+    recipe = inputs.recipe(calibrate__engine="streaming", executor={"kind": "ray"} | executor)
+    run = prepare(load(str(recipe)).config)
+    assert disk.hidden_bytes(run) == shards * 32_768
+    words = f"hidden states of {shards} shards at a time take up to {human(shards * 32_768)} of"
+    assert words in summary(run)
+
+
+def test_a_resident_run_keeps_no_hidden_states(inputs: Inputs) -> None:
+    run = prepare(load(str(inputs.recipe(calibrate__engine="resident"))).config)
+    assert disk.hidden_bytes(run) == 0
+    assert "hidden states" not in summary(run)
 
 
 @pytest.fixture

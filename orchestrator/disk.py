@@ -1,0 +1,77 @@
+"""What a run needs on disk, and the refusal of a disk that is too small, before any work."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from models.errors import DiskFull
+from orchestrator import engine, estimate, samples
+from orchestrator.preflight import Prepared, expected_layouts
+
+
+def peak_bytes(run: Prepared) -> int:
+    """Hidden states and scratch files are gone before the first output file is written."""
+    config, moe = run.config.calibrate, run.moe
+    sampled = samples.disk_bytes(config, moe, run.calibration_domains)
+    scratch = engine.worker_count(run) * samples.scratch_bytes(config, moe)
+    return max(disk_bytes(run), sampled + max(scratch, hidden_bytes(run)))
+
+
+def hidden_bytes(run: Prepared) -> int:
+    """Hidden states of all shards that are streamed at the same time; 0 when none is."""
+    if run.config.calibrate.statistics is not None:
+        return 0
+    if engine.choose(run).engine != "streaming":
+        return 0
+    return shards_at_once(run) * estimate.hidden_bytes(run)
+
+
+def shards_at_once(run: Prepared) -> int:
+    """Every process streams a shard of its own."""
+    return min(engine.worker_count(run), run.config.calibrate.shards)
+
+
+def disk_bytes(run: Prepared) -> int:
+    """What stays of a run: every variant's files, samples, distributions and blocks."""
+    files = sum(
+        layout.file_bytes
+        for variant in run.variants
+        for layout in expected_layouts(variant, run.moe)
+    )
+    files += samples.disk_bytes(run.config.calibrate, run.moe, run.calibration_domains)
+    evaluate = run.config.evaluate
+    if evaluate is None:
+        return files
+    vocabulary = int(run.moe.checkpoint.config["vocab_size"])
+    reference = run.evaluation_domains * evaluate.kl_positions * vocabulary * 4
+    return files + reference + evaluate.data.tokens * 4
+
+
+def check_disk(run: Prepared) -> None:
+    """Refuses a run that would fill the disk.
+
+    Raises:
+        DiskFull: bytes needed and free.
+    """
+    needed, free = disk_bytes(run), _free(run.folder.root)
+    if needed > free and not run.resumes:
+        raise DiskFull(
+            f"the run will write {needed:,} bytes to {run.folder.root}, {free:,} are free",
+            "free space, move `run_dir`, or drop baselines with evaluate.baselines=[]",
+        )
+    hidden = 0 if run.folder.statistics.exists() else hidden_bytes(run)
+    if hidden > free:
+        raise DiskFull(
+            f"streaming keeps the hidden states of {shards_at_once(run)} shards at a time,"
+            f" {hidden:,} bytes in {run.folder.root}; {free:,} are free",
+            "raise calibrate.shards, lower executor.workers, move `run_dir`, or set"
+            " calibrate.engine=resident",
+        )
+
+
+def _free(folder: Path) -> int:
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free
