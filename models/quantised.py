@@ -84,7 +84,7 @@ def dequantised(stored: Checkpoint) -> Checkpoint:
     method = str(scheme.get("quant_method"))
     if method == "mxfp4":
         packed = _find_mxfp4(stored)
-    elif method == "fp8" and (scheme.get("fmt") or "e4m3") == "e4m3":
+    elif method == "fp8" and "e4m3" in str(scheme.get("fmt") or "e4m3"):
         packed = _find_fp8(stored, scheme.get("weight_block_size"))
     else:
         raise CheckpointError(

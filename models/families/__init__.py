@@ -61,7 +61,7 @@ def find_family(config: dict[str, Any]) -> Family:
     known = f"known: {', '.join(sorted(FAMILIES))}"
     if model_type in REFUSED:
         raise UnknownFamily(f"{model_type} is not supported: {REFUSED[model_type]}", known)
-    near = difflib.get_close_matches(model_type, FAMILIES, n=1)
+    near = difflib.get_close_matches(model_type, FAMILIES, n=1, cutoff=0.75)
     hint = f"did you mean {near[0]}? " if near else ""
     raise UnknownFamily(
         f"no adapter for model_type {model_type!r}; {known}",

@@ -1,4 +1,8 @@
-"""NLLB-MoE (arXiv 2207.04672): encoder-decoder, top-2, experts of two matrices with biases."""
+"""NLLB-MoE (arXiv 2207.04672): encoder-decoder, top-2, experts of two matrices with biases.
+
+transformers 5.23.0 takes the router's mask of zeros and ones for expert ids: whatever is chosen,
+experts 0 and 1 alone run. What is merged here is right; what that model then computes is not.
+"""
 
 from models.families.base import Family, RouterTensor, Stack
 from models.families.storage import Separate

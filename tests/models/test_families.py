@@ -9,6 +9,8 @@ import pytest
 from models.checkpoint import Checkpoint
 from models.errors import CheckpointError, UnknownFamily
 from models.families import FAMILIES, REFUSED, find_family
+from tests.families_tiny import STEMS
+from tests.families_tiny import tiny_config as tiny_config_of
 from tests.tiny import EXPERTS, MOE_LAYERS, TOP_K, save_tiny, tiny_config, tiny_model
 from tests.tiny import FAMILIES as TINY
 
@@ -109,6 +111,19 @@ def test_top_k_is_what_the_family_calls_it(
 def test_top_k_that_differs_between_layers_is_refused() -> None:
     with pytest.raises(CheckpointError, match="moe_topk, the same for all layers"):
         FAMILIES["hunyuan_v1_moe"].top_k({"moe_topk": [8, 4]})
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_experts_are_where_the_plan_of_transformers_says(name: str) -> None:
+    """Its configs name the modules that may be spread over ranks; encoder-decoders have none."""
+    family, plan = FAMILIES[name], tiny_config_of(STEMS[name]).base_model_ep_plan or {}
+
+    named = {key.removeprefix("layers.*.") for key in plan if ".experts" in key}
+
+    storage = family.memory_experts
+    names = ["experts", *storage.shapes(1, 1, 1)] if storage else []
+
+    assert named == {f"{family.memory_block}.{each}" for each in names}
 
 
 def test_decoder_layers_are_counted_behind_the_encoders() -> None:

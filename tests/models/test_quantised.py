@@ -167,7 +167,7 @@ def test_verification_reads_decoded_values(fp8: Path) -> None:
         ({"quant_method": "compressed-tensors"}, "compressed-tensors"),
         ({}, "quantised with None"),
         ({"quant_method": "fp8"}, "weight_block_size=None"),
-        ({**FP8, "fmt": "e5m2"}, "quantised with fp8"),
+        ({**FP8, "fmt": "float8_e5m2"}, "quantised with fp8"),
         ({**FP8, "weight_block_size": [8, 8]}, r"has shape \[3, 3\], .* needs \[4, 4\]"),
     ],
 )
