@@ -2,8 +2,9 @@
 
 gated, three matrices   f(x) = down (act(gate x + gate_bias) * (up x + up_bias)) + down_bias
 plain, two matrices     f(x) = down act(up x + up_bias) + down_bias
+GPT-OSS                 the gated form with both halves clamped and a gate of its own
 
-A family whose experts compute something else (a clamp, another gate) is refused by numbers.
+A family whose experts compute something else is refused by numbers.
 """
 
 from __future__ import annotations
@@ -22,20 +23,18 @@ from models.errors import CheckpointError
 from models.expert import Expert
 from models.moe import MoeCheckpoint
 
-Activation = Callable[[Tensor], Tensor]
+# (gate half or None, up half), each [T, I] -> [T, I]: what enters `down`.
+Activation = Callable[[Tensor | None, Tensor], Tensor]
 # Names that transformers' configs have for the activation of the experts, by precedence.
 _KEYS = ("hidden_act", "hidden_activation", "activation_function", "hidden_act_fn")
 # Of the largest output, in units of fp32's own rounding: another order of the same additions.
 _TOLERANCE = 64
-_MATRICES = ("gate", "up", "down")
 
 
 def activations(expert: Expert, x: Tensor, act: Activation) -> Tensor:
     """[T, H] -> [T, I]: what enters `down`, the activation of each neuron."""
-    up = F.linear(x, expert.up, expert.up_bias)
-    if expert.gate is None:
-        return act(up)
-    return act(F.linear(x, expert.gate, expert.gate_bias)) * up
+    gate = None if expert.gate is None else F.linear(x, expert.gate, expert.gate_bias)
+    return act(gate, F.linear(x, expert.up, expert.up_bias))
 
 
 def output(expert: Expert, neurons: Tensor) -> Tensor:
@@ -44,21 +43,39 @@ def output(expert: Expert, neurons: Tensor) -> Tensor:
 
 
 def activation(config: dict[str, Any]) -> Activation:
-    """The nonlinearity that config.json names.
+    """The nonlinearity that config.json leads to; silu where it names none.
 
     Raises:
-        CheckpointError: it names none, or one that transformers does not know.
+        CheckpointError: it names one that transformers does not know.
     """
     from transformers.activations import ACT2FN
 
-    name = next((config[key] for key in _KEYS if isinstance(config.get(key), str)), None)
+    if config.get("model_type") == "gpt_oss":
+        return _clamped(config.get("swiglu_limit", 7.0), config.get("swiglu_alpha", 1.702))
+    name = next((config[key] for key in _KEYS if isinstance(config.get(key), str)), "silu")
     if name not in ACT2FN:
         raise CheckpointError(
             f"config.json names the activation {name!r}; known are {', '.join(sorted(ACT2FN))}",
             "set calibrate.sample.statistics=false",
         )
-    found: Activation = ACT2FN[name]
-    return found
+    act = ACT2FN[name]
+
+    def gated(gate: Tensor | None, up: Tensor) -> Tensor:
+        found: Tensor = act(up) if gate is None else act(gate) * up
+        return found
+
+    return gated
+
+
+def _clamped(limit: float, alpha: float) -> Activation:
+    """GPT-OSS (arXiv 2508.10925): (up + 1) gate sigmoid(alpha gate), after a clamp of both."""
+
+    def gated(gate: Tensor | None, up: Tensor) -> Tensor:
+        assert gate is not None
+        gate = gate.clamp(max=limit)
+        return (up.clamp(-limit, limit) + 1) * gate * torch.sigmoid(alpha * gate)
+
+    return gated
 
 
 @torch.inference_mode()
@@ -92,22 +109,17 @@ def _single(moe: MoeCheckpoint, layer: int, expert: Expert) -> nn.Module:
     """The family's module of routed experts with one expert alone, fp32, on the CPU.
 
     Raises:
-        CheckpointError: it holds its weights in another way than gate and up rows in one tensor.
+        CheckpointError: its experts cannot be called with ids and gates.
     """
-    module = copy.deepcopy(find_blocks(_skeleton(moe.checkpoint.folder))[layer].experts)
-    fused = {"down_proj": expert.down.unsqueeze(0)}
-    if expert.gate is not None:
-        fused["gate_up_proj"] = torch.cat([expert.gate, expert.up]).unsqueeze(0)
-    shapes = {name: tuple(p.shape[1:]) for name, p in module.named_parameters()}
-    wanted = {name: tuple(tensor.shape[1:]) for name, tensor in fused.items()}
-    if shapes != wanted or len(expert.tensors()) != len(_MATRICES):
+    storage = moe.family.memory_experts
+    if storage is None:
         raise CheckpointError(
-            f"{moe.family.model_type} holds its experts as {shapes}: evaluating them on their own"
-            f" is supported for {wanted}",
+            f"experts of {moe.family.model_type} cannot be called on their own",
             "set calibrate.sample.statistics=false",
         )
-    for name, tensor in fused.items():
-        setattr(module, name, nn.Parameter(tensor, requires_grad=False))
+    module = copy.deepcopy(find_blocks(_skeleton(moe.checkpoint.folder))[layer].experts)
+    for name, tensor in storage.pack([expert]).items():
+        setattr(module, name.rpartition(".")[2], nn.Parameter(tensor, requires_grad=False))
     module.num_experts = 1  # type: ignore[assignment]
     return module.eval()
 
