@@ -19,12 +19,12 @@ def wants_quick(description: str) -> bool:
     return bool(parser.parse_args().quick)
 
 
-def show(title: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Prints the rows, then `{"benchmark": title, "rows": [...]}`."""
+def show(title: str, rows: Sequence[dict[str, Any]], **figures: Any) -> None:
+    """Prints the rows, then `{"benchmark": title, <figures>, "rows": [...]}`."""
     table = Table(title=title)
     for name in rows[0]:
         table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
     for row in rows:
         table.add_row(*(f"{v:,.4g}" if isinstance(v, float) else str(v) for v in row.values()))
     Console(width=None if sys.stdout.isatty() else 140).print(table)
-    print(json.dumps({"benchmark": title, "rows": list(rows)}))
+    print(json.dumps({"benchmark": title, **figures, "rows": list(rows)}))

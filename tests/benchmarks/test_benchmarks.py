@@ -9,15 +9,30 @@ from pathlib import Path
 
 import pytest
 
+FIGURES = {
+    "observe": (
+        "observed_over_bare",
+        "streaming_over_resident",
+        "expert_parallel_counts_equal",
+        "replicas_2_over_1",
+        "peak_rss_bytes",
+    )
+}
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["alignment", "observer", "streaming"])
+@pytest.mark.parametrize("name", ["alignment", "observe"])
 def test_a_quick_benchmark_ends_with_its_figures_as_json(name: str) -> None:
     words = [sys.executable, "-m", f"benchmarks.{name}", "--quick"]
     done = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    found = json.loads(done.stdout.splitlines()[-1])
+    rows = found["rows"]
     assert len(rows) >= 2
     assert all(row.keys() == rows[0].keys() for row in rows)
+    for figure in FIGURES.get(name, ()):
+        assert figure in found
+    if name == "observe":
+        assert found["expert_parallel_counts_equal"] is True
+        assert {"bare", "observed", "streaming"} <= set(found["peak_rss_bytes"])

@@ -117,7 +117,7 @@ def stop_in_the_middle(
             os.kill(os.getpid(), sent)
         observe(*words)
 
-    worker = parallel.make_rank("thin", group)
+    worker = parallel.make_rank(group)
 
     def run(bundle: Sequence[ShardUnit]) -> Any:
         nonlocal steps
@@ -132,7 +132,7 @@ def stop_after_the_last_step(
     folder: Path, group: ExpertGroup
 ) -> Callable[[Sequence[ShardUnit]], Any]:
     """Rank 1 of the first replica stops when nobody waits for it any more."""
-    worker = parallel.make_rank("thin", group)
+    worker = parallel.make_rank(group)
 
     def run(bundle: Sequence[ShardUnit]) -> Any:
         found = worker(bundle)
