@@ -45,7 +45,8 @@ def replicas(model: Path, folder: Path, rounds: int) -> Shared:
         for count, cpus in ((1, 2), (2, 1))
     }
     ranks = "1 replica of 2 ranks"
-    jobs[ranks] = (1, Job(make_worker, stateful=True, replicas=Replicas(2, make_rank)))
+    # Two shards at a time, one per rank.
+    jobs[ranks] = (2, Job(make_worker, stateful=True, replicas=Replicas(2, make_rank)))
     found: dict[str, list[Ran]] = {name: [] for name in jobs}
     with RayExecutor(workers=2) as executor:
         for number in range(rounds):

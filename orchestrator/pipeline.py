@@ -102,7 +102,7 @@ def replicas(run: Prepared) -> Replicas[calibrate.ShardUnit, Done] | None:
         return None
     from stages.calibrate.parallel import make_rank
 
-    make = partial(make_rank, run.config.calibrate.backend)
+    make = partial(make_rank, backend=run.config.calibrate.backend)
     return Replicas(executor.ranks_per_replica, make, executor.placement, executor.rank_timeout_s)
 
 

@@ -89,6 +89,8 @@ class OwnBatches(Recorder):
             super().add(batch, seen)
 
 
-def make_rank(backend: Backend, group: ExpertGroup) -> Callable[[Sequence[ShardUnit]], Done | None]:
-    """One rank's worker for `cluster.executor.Replicas`, once the backend is given."""
+def make_rank(
+    group: ExpertGroup, backend: Backend = "thin"
+) -> Callable[[Sequence[ShardUnit]], Done | None]:
+    """One rank's worker for `cluster.executor.Replicas`."""
     return Rank(group, backend).run

