@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +13,7 @@ from rich.console import Console
 from cluster.errors import InfrastructureError
 from models.errors import UserError
 from orchestrator.errors import ConfigError, exit_code
+from orchestrator.interrupt import Interrupted, stopping_at_once
 
 if TYPE_CHECKING:
     from orchestrator.load import Loaded
@@ -118,10 +120,15 @@ def list_names(
 def main() -> None:
     """Entry point: errors with a remedy become one message and an exit code, no stack trace."""
     try:
-        app(standalone_mode=True)
+        with stopping_at_once():
+            app(standalone_mode=True)
     except (UserError, InfrastructureError) as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(exit_code(error))
+    except Interrupted as stop:
+        again = shlex.join(["coalesce", *sys.argv[1:]])
+        typer.echo(f"{stop}; the same command goes on: {again}", err=True)
+        sys.exit(stop.exit_code)
 
 
 def _load(config: str, overrides: list[str] | None) -> Loaded:

@@ -79,6 +79,11 @@ class RunFolder:
         return self.evaluation / "tokens.arrow"
 
     @property
+    def slurm(self) -> Path:
+        """Batch script, config and logs of the Slurm jobs that work on this run."""
+        return self.root / "slurm"
+
+    @property
     def report(self) -> Path:
         """index.html, report.json, pictures."""
         return self.root / "report"
@@ -133,7 +138,7 @@ def check(folder: RunFolder, config: RunConfig, model: str) -> bool:
 def settled(config: RunConfig) -> dict[str, Any]:
     """The part of a config that decides results; where and how fast units run is not in it."""
     engine = {"engine", "memory_bytes"}
-    free: dict[str, Any] = {"run_dir": True, "executor": True, "calibrate": engine}
+    free: dict[str, Any] = {"run_dir": True, "executor": True, "slurm": True, "calibrate": engine}
     values: dict[str, Any] = config.model_dump(mode="json", exclude=free)
     executor = config.executor
     # Left out where it is 1, as in the folders of runs that knew no replicas.
@@ -188,4 +193,5 @@ def _read_identity(folder: RunFolder) -> dict[str, Any] | None:
 
 def _own_names(folder: RunFolder) -> set[str]:
     temporary = {path.name for path in folder.root.glob(".*.tmp")}
-    return {folder.config.name, folder.events.name, folder.lock.name} | temporary
+    own = {folder.config.name, folder.events.name, folder.lock.name, folder.slurm.name}
+    return own | temporary

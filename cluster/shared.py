@@ -1,0 +1,110 @@
+"""Do all nodes that run units see the same files? Asked of the nodes themselves, before any unit."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from uuid import uuid4
+
+import ray
+import ray.exceptions as failures
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from cluster.errors import InfrastructureError, NotShared
+
+# A network file system may show a new file to other nodes late; NFS caches folders for seconds.
+_PATIENCE_SECONDS = 30.0
+_ANSWER_SECONDS = 120.0
+
+
+def check_shared(run: Path, inputs: Sequence[Path]) -> None:
+    """Writes a file into `run`, lets every node read it and write one back, and reads those.
+
+    Nodes without CPUs take no units and are not asked. `inputs` must exist on every node.
+
+    Raises:
+        NotShared: with the nodes that do not see the run folder or an input.
+        InfrastructureError: a node did not answer at all.
+    """
+    nodes = {
+        node["NodeID"]: f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
+        for node in ray.nodes()
+        if node["Alive"] and node["Resources"].get("CPU")
+    }
+    here = ray.get_runtime_context().get_node_id()
+    if not set(nodes) - {here}:
+        return
+    with _marker(run) as (folder, word):
+        answers = _ask(nodes, folder, word, inputs)
+        blind = [nodes[node] for node in nodes if not _seen(folder / node, word)]
+    if blind:
+        raise NotShared(f"the run folder {run} is not the same on {_names(blind)}")
+    for path in inputs:
+        lacking = [nodes[node] for node, missing in answers.items() if str(path) in missing]
+        if lacking:
+            raise NotShared(f"{path} does not exist on {_names(lacking)}")
+
+
+@contextmanager
+def _marker(run: Path) -> Iterator[tuple[Path, str]]:
+    """A folder for this question alone, with a word in it that no earlier one can have left."""
+    word = uuid4().hex
+    folder = run / f".shared.{word}.tmp"
+    folder.mkdir()
+    (folder / "driver").write_text(word)
+    try:
+        yield folder, word
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _ask(
+    nodes: dict[str, str], folder: Path, word: str, inputs: Sequence[Path]
+) -> dict[str, list[str]]:
+    """Node -> inputs that it does not see."""
+    task = ray.remote(_answer).options(num_cpus=0, max_retries=1)
+    asked = {
+        node: task.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
+        ).remote(folder / "driver", folder / node, word, [str(path) for path in inputs])
+        for node in nodes
+    }
+    ready, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=_ANSWER_SECONDS)
+    answers, silent = {}, []
+    for node, reference in asked.items():
+        try:
+            answers[node] = ray.get(reference, timeout=0 if reference not in ready else None)
+        except (failures.RayError, failures.GetTimeoutError):
+            silent.append(nodes[node])
+    if silent:
+        raise InfrastructureError(
+            f"no answer from {_names(silent)} within {_ANSWER_SECONDS:.0f} s;"
+            " is the same version of coalesce installed there?"
+        )
+    return answers
+
+
+def _answer(question: Path, reply: Path, word: str, inputs: Sequence[str]) -> list[str]:
+    """Runs on the node asked."""
+    if _seen(question, word):
+        reply.write_text(word)
+    return [path for path in inputs if not Path(path).exists()]
+
+
+def _seen(path: Path, word: str) -> bool:
+    """Whether a file with this word appears within the patience."""
+    deadline = time.monotonic() + (_PATIENCE_SECONDS if path.parent.exists() else 5.0)
+    while True:
+        with suppress(OSError):
+            if path.read_text() == word:
+                return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+
+
+def _names(nodes: Sequence[str]) -> str:
+    return ", ".join(sorted(nodes))
