@@ -1,4 +1,4 @@
-"""Do all nodes that run units see the same files? Asked of the nodes themselves, before any unit."""
+"""Do all nodes that run units see the same files? Asked of the nodes, before any unit runs."""
 
 from __future__ import annotations
 

@@ -25,9 +25,18 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Merge, then compress: makes a sparse mixture-of-experts checkpoint smaller.",
 )
+submit = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Hand a run to a Ray cluster or to Slurm.",
+)
+app.add_typer(submit, name="submit")
 Recipe = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file or recipe name.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Values that win.")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Show what would be submitted; write nothing.")
 ]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="The run_dir of a run.")]
 
@@ -91,6 +100,48 @@ def report(run_dir: RunDir) -> None:
     from orchestrator.commands.report import report_command
 
     report_command(run_dir)
+
+
+@submit.command("ray")
+def submit_ray(
+    config: Recipe,
+    overrides: Overrides = None,
+    address: Annotated[
+        str | None, typer.Option("--address", help="http://HOST:8265 of the cluster.")
+    ] = None,
+    dry_run: DryRun = False,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Do not follow the job.")] = False,
+    upload_code: Annotated[
+        bool, typer.Option("--upload-code", help="The cluster has no coalesce: bring this one.")
+    ] = False,
+    runtime_env: Annotated[
+        Path | None, typer.Option("--runtime-env", help="YAML with pip, env_vars and so on.")
+    ] = None,
+    python: Annotated[
+        str, typer.Option("--python", help="Python on the cluster's head node.")
+    ] = "python",
+) -> None:
+    """Run on a Ray cluster that is up; follows the log and ends as the run ends."""
+    from orchestrator.commands.submit import ray_command
+
+    code = ray_command(
+        _load(config, overrides).config,
+        address=address,
+        dry_run=dry_run,
+        wait=not no_wait,
+        upload_code=upload_code,
+        runtime_env=runtime_env,
+        python=python,
+    )
+    raise typer.Exit(code)
+
+
+@submit.command("slurm")
+def submit_slurm(config: Recipe, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Run as a Slurm job: the config's `slurm` section says on what."""
+    from orchestrator.commands.submit import slurm_command
+
+    slurm_command(_load(config, overrides).config, dry_run=dry_run)
 
 
 @app.command("show-config")

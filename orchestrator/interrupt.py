@@ -52,7 +52,7 @@ class Stop:
 @contextmanager
 def stopping_at_once() -> Iterator[None]:
     """While no unit is in flight, every signal ends the command at once."""
-    with _handlers({each: _raise for each in (*AT_ONCE, DRAIN)}):
+    with _handlers(dict.fromkeys((*AT_ONCE, DRAIN), _raise)):
         yield
 
 
@@ -69,6 +69,8 @@ def heeding_signals() -> Iterator[Stop]:
 
 
 def _raise(number: int, frame: FrameType | None) -> None:
+    # Slurm and its launcher may both say it: once is enough, and must not disturb the clearing up.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise Interrupted(number)
 
 
@@ -82,4 +84,6 @@ def _handlers(wanted: Mapping[signal.Signals, signal._HANDLER]) -> Iterator[None
         yield
     finally:
         for number, handler in previous.items():
-            signal.signal(number, handler)
+            ending = signal.getsignal(number) == signal.SIG_IGN and handler is _raise
+            if not ending:
+                signal.signal(number, handler)
