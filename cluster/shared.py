@@ -65,13 +65,11 @@ def _ask(
     nodes: dict[str, str], folder: Path, word: str, inputs: Sequence[Path]
 ) -> dict[str, list[str]]:
     """Node -> inputs that it does not see."""
-    task = ray.remote(_answer).options(num_cpus=0, max_retries=1)
-    asked = {
-        node: task.options(
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
-        ).remote(folder / "driver", folder / node, word, [str(path) for path in inputs])
-        for node in nodes
-    }
+    asked = {}
+    for node in nodes:
+        there = NodeAffinitySchedulingStrategy(node, soft=False)
+        task = ray.remote(_answer).options(num_cpus=0, scheduling_strategy=there)
+        asked[node] = task.remote(folder / "driver", folder / node, word, [*map(str, inputs)])
     ready, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=_ANSWER_SECONDS)
     answers, silent = {}, []
     for node, reference in asked.items():

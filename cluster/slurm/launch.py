@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -52,7 +52,7 @@ class Launch:
     def __init__(self, options: argparse.Namespace, job: Allocation) -> None:
         self._options = options
         self._job = job
-        self._rendezvous = Rendezvous(options.run / "slurm" / f"cluster-{job.name}")
+        self._rendezvous = Rendezvous(options.run / "slurm" / f"coalesce-{job.name}")
         self._python = shlex.split(options.python)
         self._child: subprocess.Popen[bytes] | None = None
         self._asked: set[int] = set()
@@ -98,8 +98,18 @@ class Launch:
         try:
             yield step
         finally:
-            _end(step, _ENDS_SECONDS)
+            self._end_step(step)
             shutil.rmtree(self._rendezvous.folder, ignore_errors=True)
+
+    def _end_step(self, step: subprocess.Popen[bytes]) -> None:
+        """Lets the nodes end their Ray; srun, asked itself, would kill them before they can."""
+        number = self._rendezvous.step()
+        if number is not None and step.poll() is None:
+            words = ["scancel", "--signal=TERM", f"{self._job.job}.{number}"]
+            subprocess.run(words, capture_output=True, check=False)
+            with suppress(subprocess.TimeoutExpired):
+                step.wait(timeout=_ENDS_SECONDS)
+        _end(step, _ENDS_SECONDS)
 
     def _srun(self) -> list[str]:
         nodes = str(len(self._job.nodes))

@@ -129,7 +129,10 @@ def main() -> int:
         _say(f"{error}: this node does not see the run folder")
         return 0
     try:
-        return node.run_head() if os.environ["SLURM_NODEID"] == "0" else node.run_worker()
+        if os.environ["SLURM_NODEID"] != "0":
+            return node.run_worker()
+        rendezvous.announce_step(os.environ["SLURM_STEP_ID"])
+        return node.run_head()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-_HEAD = "head"
+_HEAD, _STEP = "head", "step"
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,14 @@ class Rendezvous:
     def announce_head(self, address: str) -> None:
         """Says where the head listens, as `host:port`."""
         self._write(_HEAD, address)
+
+    def announce_step(self, number: str) -> None:
+        """Says which step of the job the nodes are."""
+        self._write(_STEP, number)
+
+    def step(self) -> str | None:
+        """Number of the step, once its first node has started."""
+        return self._read(_STEP)
 
     def announce_node(self, node: str, address: str) -> None:
         """Says that a node has started, and under which address it will join."""
