@@ -67,20 +67,23 @@ def render(config: SlurmConfig, places: Places) -> str:
         else:
             template = environment.from_string(config.template.read_text())
         return template.render(
-            options=options(config, places),
+            options=options(config),
             folder=str(places.folder),
             setup=config.setup,
             launcher=[places.python, "-m", "cluster.slurm.launch"],
             arguments=_arguments(config, places, python),
             driver=[*driver, "executor.kind=ray", "executor.address=auto"],
         )
-    except (TemplateError, OSError, UnicodeDecodeError) as error:
+    except (TemplateError, TypeError, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"slurm.template cannot be filled in: {error}") from error
 
 
-def options(config: SlurmConfig, places: Places) -> list[str]:
-    """The options of sbatch, as they stand behind `#SBATCH`."""
-    log = str(places.run / "slurm").replace("%", "%%") + "/job-%j.log"
+def options(config: SlurmConfig) -> list[str]:
+    """The options of sbatch, as they stand behind `#SBATCH`.
+
+    Names and numbers only: how sbatch reads quotes there is its own affair, so paths are left to
+    its command line.
+    """
     wanted = {
         "job-name": config.job_name,
         "partition": config.partition,
@@ -93,17 +96,15 @@ def options(config: SlurmConfig, places: Places) -> list[str]:
         "mem": config.memory_per_node,
         "time": config.time,
         "signal": f"B:USR1@{config.lead_seconds}",
-        "output": log,
         "open-mode": "append",
     }
-    found = [f"--{name}={escape(str(v))}" for name, v in wanted.items() if v is not None]
-    own = [name + mark + escape(v) for name, mark, v in (o.partition("=") for o in config.options)]
-    return [*found, "--requeue", *own]
+    found = [f"--{name}={value}" for name, value in wanted.items() if value is not None]
+    return [*found, "--requeue", *config.options]
 
 
-def escape(value: str) -> str:
-    """A value as sbatch reads it from a script: a backslash takes any meaning from a letter."""
-    return re.sub(r"([^\w.,:@%+=/-])", r"\\\1", value)
+def log_option(run: Path) -> str:
+    """The option of sbatch that names the job's log; `%` begins a pattern there."""
+    return "--output=" + str(run / "slurm").replace("%", "%%") + "/job-%j.log"
 
 
 def refuse_secrets(text: str, environ: Mapping[str, str] | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -11,12 +12,11 @@ from pathlib import Path
 import yaml
 
 from models.atomic import write_bytes
-from orchestrator.absolute import absolute
 from orchestrator.config import RunConfig
 from orchestrator.errors import ConfigError
 from orchestrator.run_folder import RunFolder
 from orchestrator.slurm.config import SlurmConfig
-from orchestrator.slurm.script import Places, refuse_secrets, render
+from orchestrator.slurm.script import Places, log_option, refuse_secrets, render
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Submission:
         Raises:
             ConfigError: no sbatch here, or it refuses the job.
         """
-        words = ["sbatch", "--parsable", str(self.script_path)]
-        remedy = f"mend `slurm`, or submit by hand: sbatch {self.script_path}"
+        words = ["sbatch", "--parsable", log_option(self.folder.root), str(self.script_path)]
+        remedy = f"mend `slurm`, or submit by hand: {shlex.join(words)}"
         try:
             done = subprocess.run(words, capture_output=True, text=True, check=False)
         except OSError as error:
@@ -71,7 +71,8 @@ def plan(config: RunConfig) -> Submission:
             "add one with cpus_per_task at least, or give slurm.cpus_per_task=N as an argument",
         )
     _check_fits(config, slurm)
-    config = absolute(config)
+    # Other paths stay as they are: the job starts in this folder, and they are part of the run.
+    config = config.model_copy(update={"run_dir": config.run_dir.absolute()})
     folder = RunFolder(config.run_dir)
     places = Places(folder.root, Path.cwd(), folder.slurm / "config.yaml", sys.executable)
     script = render(slurm, places)
