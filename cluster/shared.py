@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from hashlib import sha256
 from pathlib import Path
 from uuid import uuid4
 
@@ -23,7 +24,9 @@ _ANSWER_SECONDS = 120.0
 def check_shared(run: Path, inputs: Sequence[Path]) -> None:
     """Writes a file into `run`, lets every node read it and write one back, and reads those.
 
-    Nodes without CPUs take no units and are not asked. `inputs` must exist on every node.
+    Nodes without CPUs take no units and are not asked. Of every input, each node must see what
+    this process sees: a file of the same size, a folder with the same names in it (where a mount
+    is missing there is often an empty folder).
 
     Raises:
         NotShared: with the nodes that do not see the run folder or an input.
@@ -34,8 +37,8 @@ def check_shared(run: Path, inputs: Sequence[Path]) -> None:
         for node in ray.nodes()
         if node["Alive"] and node["Resources"].get("CPU")
     }
-    here = ray.get_runtime_context().get_node_id()
-    if not set(nodes) - {here}:
+    this = ray.get_runtime_context().get_node_id()
+    if not set(nodes) - {this}:
         return
     with _marker(run) as (folder, word):
         answers = _ask(nodes, folder, word, inputs)
@@ -43,9 +46,28 @@ def check_shared(run: Path, inputs: Sequence[Path]) -> None:
     if blind:
         raise NotShared(f"the run folder {run} is not the same on {_names(blind)}")
     for path in inputs:
-        lacking = [nodes[node] for node, missing in answers.items() if str(path) in missing]
+        lacking = [nodes[node] for node, seen in answers.items() if seen[str(path)] is None]
         if lacking:
             raise NotShared(f"{path} does not exist on {_names(lacking)}")
+        ours = look(path)
+        other = [nodes[node] for node, seen in answers.items() if seen[str(path)] != ours]
+        if other:
+            raise NotShared(f"{path} has other contents on {_names(other)}")
+
+
+def look(path: Path) -> str | None:
+    """What lies at a path, in a few words that are the same wherever it is the same."""
+    try:
+        if path.is_dir():
+            return _digest(sorted(entry.name for entry in path.iterdir()))
+        return f"{path.stat().st_size} bytes"
+    except OSError:
+        return None
+
+
+def _digest(names: Sequence[str]) -> str:
+    """A digest, since a folder of text may hold very many files."""
+    return sha256("\0".join(names).encode()).hexdigest()
 
 
 @contextmanager
@@ -63,8 +85,8 @@ def _marker(run: Path) -> Iterator[tuple[Path, str]]:
 
 def _ask(
     nodes: dict[str, str], folder: Path, word: str, inputs: Sequence[Path]
-) -> dict[str, list[str]]:
-    """Node -> inputs that it does not see."""
+) -> dict[str, dict[str, str | None]]:
+    """Node -> input -> what the node sees there."""
     asked = {}
     for node in nodes:
         there = NodeAffinitySchedulingStrategy(node, soft=False)
@@ -85,11 +107,11 @@ def _ask(
     return answers
 
 
-def _answer(question: Path, reply: Path, word: str, inputs: Sequence[str]) -> list[str]:
+def _answer(question: Path, reply: Path, word: str, inputs: Sequence[str]) -> dict[str, str | None]:
     """Runs on the node asked."""
     if _seen(question, word):
         reply.write_text(word)
-    return [path for path in inputs if not Path(path).exists()]
+    return {path: look(Path(path)) for path in inputs}
 
 
 def _seen(path: Path, word: str) -> bool:

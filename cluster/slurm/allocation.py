@@ -83,5 +83,11 @@ def free_port(address: str) -> int:
         return int(probe.getsockname()[1])
 
 
+def state_of(job: str) -> str:
+    """Slurm's word for the state of a job: RUNNING, or CANCELLED although it still runs."""
+    found = re.search(r"JobState=(\S+)", _output("scontrol", "show", "job", job))
+    return found[1] if found else "UNKNOWN"
+
+
 def _output(*words: str) -> str:
     return subprocess.run(words, check=True, capture_output=True, text=True).stdout

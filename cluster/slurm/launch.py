@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-from cluster.slurm.allocation import Allocation
+from cluster.slurm.allocation import Allocation, state_of
 from cluster.slurm.chain import Chain
 from cluster.slurm.rendezvous import Rendezvous
 
@@ -153,10 +153,10 @@ class Launch:
         for number in self._asked:  # came while the child was being made
             child.send_signal(number)
         while child.poll() is None:
-            if step.poll() is not None:
-                _end(child, _ENDS_SECONDS)
-                raise ClusterLost(f"Ray's head on {self._job.nodes[0]} ended")
             time.sleep(0.1)
+            if step.poll() is not None and child.poll() is None:
+                _end(child, _ENDS_SECONDS)
+                raise ClusterLost("Ray ended on the nodes: preempted, cancelled, or its head lost")
         return int(child.returncode)
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
@@ -193,6 +193,9 @@ def requeue(chain: Chain, finished: int, allowed: int) -> None:
             f"{fruitless} starts in a row finished no unit: not requeued. Raise slurm.time, or"
             " look for the broken node; then submit again: finished units are kept"
         )
+        return
+    if (state := state_of(chain.job)) != "RUNNING":
+        say(f"the job is {state.lower()}: not requeued; finished units are kept")
         return
     say(f"{finished} units finished in this start; requeueing")
     done = subprocess.run(

@@ -6,13 +6,12 @@ import re
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, Field, StringConstraints
+from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints
 
 from stages.settings import Settings
 
 # Names as Slurm has them; nothing in them means anything to a shell.
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.,:@+=/-]*$")]
-Time = Annotated[str, StringConstraints(pattern=r"^(\d+-)?\d+(:\d{1,2}){0,2}$")]
 # What `coalesce` sets itself; a second value would break the job.
 _OURS = (
     *("chdir", "cpus-per-task", "export", "gpus-per-node", "job-name", "mem", "nodes", "ntasks"),
@@ -48,6 +47,17 @@ def _option(text: str) -> str:
     return _shell_line(text)
 
 
+def _quoted(value: object) -> object:
+    if isinstance(value, int | float):
+        raise ValueError("write it in quotes: YAML reads 1:30:00 as the number 5400")
+    return value
+
+
+Time = Annotated[
+    str,
+    StringConstraints(pattern=r"^(\d+-)?\d+(:\d{1,2}){0,2}$"),
+    BeforeValidator(_quoted),
+]
 Line = Annotated[str, AfterValidator(_one_line), AfterValidator(_shell_line)]
 Option = Annotated[str, AfterValidator(_one_line), AfterValidator(_option)]
 Word = Annotated[str, Field(min_length=1), AfterValidator(_one_line)]
@@ -60,7 +70,7 @@ class SlurmConfig(Settings):
     nodes: int = Field(default=1, gt=0)
     gpus_per_node: int = Field(default=0, ge=0)
     # As sbatch takes it: 64G. None: the partition's default. 0: all of the node.
-    memory_per_node: Name | None = None
+    memory_per_node: Annotated[Name, BeforeValidator(str)] | None = None
     # Minutes, hours:minutes:seconds or days-hours. None: the partition's.
     time: Time | None = None
     partition: Name | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import signal
 import subprocess
@@ -79,7 +78,7 @@ def test_a_job_of_two_nodes_gives_the_bytes_of_one_process_beside_a_blind_one(
     lab: Lab, undisturbed: dict[str, str], tmp_path: Path
 ) -> None:
     """Two jobs share both nodes; the second has a model that one of them does not see."""
-    run_dir, blind = tmp_path / "it's 100% $HOME \"of\" mine" / "run", tmp_path / "blind"
+    run_dir, blind = tmp_path / 'it\'s 100% $HOME "of" mine' / "run", tmp_path / "blind"
     model = shutil.copytree(REPOSITORY / "examples" / "bundled" / "model", tmp_path / "model")
     lab.on("n2", "mount", "-t", "tmpfs", "tmpfs", model.parent / "model")
     gpus = ("slurm.gpus_per_node=1", "executor.gpus_per_worker=1")
@@ -91,7 +90,7 @@ def test_a_job_of_two_nodes_gives_the_bytes_of_one_process_beside_a_blind_one(
     assert bytes_of(run_dir) == undisturbed
     assert leaked(run_dir) == []
     assert lab.await_end(other) == "FAILED 0 2:0", logs_of(blind)
-    assert f"error: {model} does not exist on n2 (10.77.0.12)" in logs_of(blind)
+    assert f"error: {model} has other contents on n2 (10.77.0.12)" in logs_of(blind)
     for node in ("n1", "n2"):
         assert not lab.on(node, "pgrep", "-f", "raylet|gcs_server", check=False)
     assert not list(Path("/tmp").glob(f"coalesce-{job}-*"))
@@ -112,7 +111,7 @@ def test_a_warned_job_ends_its_units_and_goes_on_with_fewer_nodes(
     lab: Lab, undisturbed: dict[str, str], tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    job = lab.submit(run_dir)
+    job = lab.submit(run_dir, "slurm.lead_seconds=90")
     hold(lab, run_dir)
     lab.on("ctl", "scancel", "--batch", "--signal=USR1", job)
     until(lambda: "got SIGUSR1" in logs_of(run_dir), "the launcher heard", 30)
@@ -136,7 +135,7 @@ def test_a_job_at_its_time_limit_ends_hung_units_and_starts_itself_again(
     lab: Lab, undisturbed: dict[str, str], tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    job = lab.submit(run_dir, "slurm.time=1")
+    job = lab.submit(run_dir, "slurm.time='1'")
     hold(lab, run_dir)
     lab.await_state(job, "PENDING 1")
     assert "got SIGUSR1" in logs_of(run_dir)
@@ -176,6 +175,16 @@ def test_a_node_that_does_not_join_is_named_and_the_job_gives_up(lab: Lab, tmp_p
     assert not (run_dir / "run.json").exists()
 
 
+def test_a_cancelled_job_stays_cancelled(lab: Lab, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    job = lab.submit(run_dir)
+    until(lambda: (run_dir / "slurm" / f"nodes-{job}.log").exists(), "started", 60)
+    lab.on("ctl", "scancel", job)
+    assert lab.await_end(job).startswith("CANCELLED 0")
+    until(lambda: not lab.on("ctl", "squeue", "--noheader"), "the job is gone", 60)
+    assert "requeueing" not in logs_of(run_dir)
+
+
 def test_what_run_would_refuse_is_refused_before_it_is_submitted(lab: Lab, tmp_path: Path) -> None:
     words = ["submit", "slurm", "quickstart", f"run_dir={tmp_path / 'run'}"]
     refused = lab.coalesce(*words, "slurm.cpus_per_task=1", "group.budget.keep_ratio=0.01")
@@ -184,5 +193,5 @@ def test_what_run_would_refuse_is_refused_before_it_is_submitted(lab: Lab, tmp_p
     assert not (tmp_path / "run").exists()
     unknown = lab.coalesce(*words, "slurm.cpus_per_task=1", "slurm.partition=nowhere")
     assert unknown.returncode == 2
-    assert "Slurm refuses the job: " in unknown.stderr and "nowhere" not in os.environ
+    assert "Slurm refuses the job: " in unknown.stderr
     assert lab.on("ctl", "squeue", "--noheader") == ""

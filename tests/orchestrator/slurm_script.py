@@ -31,10 +31,12 @@ FULL = SlurmConfig(
 
 def places(run: str = "/shared/runs/demo", folder: str = "/home/ada/work") -> Places:
     """Where a job works, on no machine in particular."""
-    return Places(Path(run), Path(folder), Path(run) / "slurm" / "config.yaml", "/sw/venv/bin/python")
+    return Places(
+        Path(run), Path(folder), Path(run) / "slurm" / "config.yaml", "/sw/venv/bin/python"
+    )
 
 
-HOSTILE = places("/shared/it's 100% `of` $HOME; \"mine\" #1", "/home/ada/- and & others")
+HOSTILE = places('/shared/it\'s 100% `of` $HOME; "mine" #1', "/home/ada/- and & others")
 GOLDEN = {
     "plain": (PLAIN, places()),
     "full": (FULL, places()),

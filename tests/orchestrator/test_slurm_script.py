@@ -66,6 +66,7 @@ def test_a_percent_sign_is_no_pattern_in_the_name_of_the_log() -> None:
         ("qos", "a b", "qos"),
         ("job_name", "-x", "job_name"),
         ("time", "soon", "time"),
+        ("time", 5400, "write it in quotes"),
         ("memory_per_node", "64G;", "memory_per_node"),
         ("interface", "ib0 ", "interface"),
         ("scratch", "/tmp/" + "x" * 60, "scratch"),
@@ -158,6 +159,10 @@ def test_where_there_is_no_sbatch_the_command_to_type_elsewhere_is_shown(
 def test_what_a_job_is_given_does_not_change_what_a_run_is() -> None:
     from orchestrator.run_folder import settled
 
-    values = {"run_dir": "r", "model": {"path": "m"}, "calibrate": {"data": {"sources": [{"path": "t"}]}}}
+    values = {
+        "run_dir": "r",
+        "model": {"path": "m"},
+        "calibrate": {"data": {"sources": [{"path": "t"}]}},
+    }
     submitted = values | {"slurm": {"cpus_per_task": 4}}
     assert settled(validate(values)) == settled(validate(submitted))

@@ -12,5 +12,8 @@ for file in "$LAB"/pids/ns.*; do
   ip netns del $P-${file##*ns.} 2>/dev/null
 done
 ip netns del $P-sw 2>/dev/null
-[ -s "$LAB/pids/munged" ] && kill "$(cat "$LAB/pids/munged")" 2>/dev/null
+if [ -s "$LAB/pids/munged" ]; then
+  munged=$(cat "$LAB/pids/munged"); kill "$munged" 2>/dev/null
+  for _ in $(seq 50); do [ -d "/proc/$munged" ] || break; sleep .1; done # it writes its seed last
+fi
 exit 0

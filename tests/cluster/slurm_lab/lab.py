@@ -77,7 +77,9 @@ class Lab:
 
     def workers(self, node: str) -> list[int]:
         """Processes on a node that run units, by their ids there."""
-        return [int(word) for word in self.on(node, "pgrep", "-f", "^ray::_Wor", check=False).split()]
+        return [
+            int(word) for word in self.on(node, "pgrep", "-f", "^ray::_Wor", check=False).split()
+        ]
 
     def signal_workers(self, number: signal.Signals) -> int:
         """To all processes that run units; returns how many there are."""
