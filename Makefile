@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PACKAGES := orchestrator stages cluster models
 CODE := $(PACKAGES) tests benchmarks examples
 
-.PHONY: setup demo test check lint format types clean
+.PHONY: setup demo test test-cluster check lint format types clean
 
 setup: $(VENV)/.ready
 
@@ -19,9 +19,13 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/coalesce run quickstart
 
-# Everything: what `.ci/run` calls.
+# Everything on this machine; `.ci/run` calls it and `test-cluster`.
 test: setup lint types
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slurm"
+
+# A real Slurm of two nodes on this machine, from Debian's packages. Needs root; installs them.
+test-cluster: setup
+	COALESCE_SLURM_LAB=required $(BIN)/python -m pytest -m slurm
 
 # Before each commit: under two minutes on two cores.
 check: setup lint types

@@ -1,4 +1,4 @@
-"""Runs as jobs of a real Slurm with two nodes: interrupted in every way, the same bytes in the end."""
+"""Runs as jobs of a real Slurm of two nodes: interrupted in every way, the same bytes at last."""
 
 from __future__ import annotations
 

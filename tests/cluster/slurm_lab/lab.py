@@ -17,7 +17,7 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[2]
-# `make test-cluster` sets it: packages may then be installed, and a lab that cannot be is a failure.
+# Set by `make test-cluster`: packages may be installed, and a lab that does not come up fails.
 REQUIRED = os.environ.get("COALESCE_SLURM_LAB") == "required"
 _NOT_POSSIBLE = 3
 
