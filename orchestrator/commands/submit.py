@@ -20,6 +20,7 @@ from cluster.ray_jobs import JobError, JobRequest, RayJobs
 from orchestrator.absolute import absolute
 from orchestrator.config import RunConfig
 from orchestrator.errors import ConfigError
+from orchestrator.interrupt import Interrupted
 from orchestrator.preflight import prepare
 from orchestrator.slurm import submit as slurm
 
@@ -72,7 +73,12 @@ def ray_command(
             if not wait:
                 _print_steps(config, address, job)
                 return 0
-            ended = jobs.follow(job, _write)
+            try:
+                ended = jobs.follow(job, _write)
+            except Interrupted as stop:
+                print(f"no longer followed: job {job} goes on", flush=True)
+                _print_steps(config, address, job)
+                return stop.exit_code
         except JobError as error:
             raise ConfigError(str(error), _REMEDY) from error
     print(f"job {job}: {ended.status.lower()}, exit code {ended.code}", file=sys.stderr)

@@ -120,7 +120,18 @@ def test_a_failed_run_has_its_own_exit_code(server: str, tiny: Inputs, tmp_path:
     assert "failed, exit code 2" in err
 
 
-def test_a_stopped_job_is_no_success_and_the_run_goes_on_later(
+def test_without_waiting_the_command_ends_once_the_job_is_accepted(
+    server: str, tiny: Inputs, tmp_path: Path
+) -> None:
+    words = (tiny.recipe(), f"run_dir={tmp_path / 'run'}", "model.path=/no/model", "--no-wait")
+    process = submit(server, *words)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    job = re.match(r"submitted: job (\w+)", out)
+    assert job and f"ray job stop --address {server} {job[1]}" in out
+
+
+def test_a_stopped_job_is_no_success_and_one_no_longer_followed_goes_on(
     server: str, tiny: Inputs, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
@@ -138,11 +149,14 @@ def test_a_stopped_job_is_no_success_and_the_run_goes_on_later(
     _, err = process.communicate(timeout=100)
     assert process.returncode != 0
     assert "stopped, exit code" in err
-    again = submit(server, *words, "--no-wait")
+    again = submit(server, *words)
+    assert again.stdout is not None
+    job = re.match(r"submitted: job (\w+)", again.stdout.readline())
+    assert job
+    again.send_signal(signal.SIGINT)
     out, err = again.communicate(timeout=100)
-    assert again.returncode == 0, err
-    job = re.match(r"submitted: job (\w+)", out)
-    assert job and f"ray job stop --address {server} {job[1]}" in out
+    assert again.returncode == 130, err
+    assert f"no longer followed: job {job[1]} goes on" in out
     while (state := info(server, job[1])["status"]) in ("PENDING", "RUNNING"):
         assert time.monotonic() < deadline + 200
         time.sleep(0.5)

@@ -89,6 +89,13 @@ class Lab:
                 self.on(node, "kill", f"-{number.name}", *processes, check=False)
         return sum(map(len, found.values()))
 
+    def end_head(self) -> int:
+        """Kills Ray's head process on the first node; returns how many there were."""
+        found = self.on("n1", "pgrep", "-x", "gcs_server", check=False).split()
+        if found:
+            self.on("n1", "kill", "-KILL", *found)
+        return len(found)
+
 
 SMALL = (
     "evaluate=null",
