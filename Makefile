@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PACKAGES := orchestrator stages cluster models
 CODE := $(PACKAGES) tests benchmarks examples
 
-.PHONY: setup demo test check lint format types clean
+.PHONY: setup demo test test-cluster check lint format types clean
 
 setup: $(VENV)/.ready
 
@@ -13,15 +13,19 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "Python 3.11 or newer is needed; name one with PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,deepspeed]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,deepspeed,jobs]'
 	@touch $@
 
 demo: setup
 	$(BIN)/coalesce run quickstart
 
-# Everything: what `.ci/run` calls.
+# Everything on this machine; `.ci/run` calls it and `test-cluster`.
 test: setup lint types
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slurm"
+
+# A real Slurm of two nodes on this machine, from Debian's packages. Needs root; installs them.
+test-cluster: setup
+	COALESCE_SLURM_LAB=required $(BIN)/python -m pytest -m slurm
 
 # Before each commit: under two minutes on two cores.
 check: setup lint types

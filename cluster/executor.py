@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Generic, Literal, Protocol, Self, TypeVar
 
@@ -56,11 +57,28 @@ class Job(Generic[T, R]):
     replicas: Replicas[T, R] | None = None
 
 
+def never() -> bool:
+    """Nobody asks to stop."""
+    return False
+
+
 class Executor(Protocol):
     """Runs units somewhere and yields results in the order in which they end."""
 
-    def imap(self, job: Job[T, R], units: Sequence[T]) -> Iterator[tuple[int, R]]:
-        """Yields (index of the unit, its result); the first failure ends the iteration."""
+    def imap(
+        self, job: Job[T, R], units: Sequence[T], stop: Callable[[], bool] = never
+    ) -> Iterator[tuple[int, R]]:
+        """Yields (index of the unit, its result); the first failure ends the iteration.
+
+        Once `stop()` is true no unit is started; those in flight end and are yielded.
+        """
+
+    def check_shared(self, run: Path, inputs: Sequence[Path]) -> None:
+        """Makes sure that every node that runs units sees the run folder and the inputs.
+
+        Raises:
+            NotShared: names the nodes and what they do not see.
+        """
 
     def __enter__(self) -> Self: ...
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from cluster.executor import Job, R, T, fix_threads
+from cluster.executor import Job, R, T, fix_threads, never
 
 
 class LocalExecutor:
@@ -15,13 +16,20 @@ class LocalExecutor:
     def __init__(self, threads: int) -> None:
         self._threads = threads
 
-    def imap(self, job: Job[T, R], units: Sequence[T]) -> Iterator[tuple[int, R]]:
+    def imap(
+        self, job: Job[T, R], units: Sequence[T], stop: Callable[[], bool] = never
+    ) -> Iterator[tuple[int, R]]:
         """Runs the units in their order."""
         assert job.replicas is None, "one process is no replica of several"
         fix_threads(self._threads)
         worker = job.make_worker()
         for index, unit in enumerate(units):
+            if stop():
+                return
             yield index, worker(unit)
+
+    def check_shared(self, run: Path, inputs: Sequence[Path]) -> None:
+        """One process sees what it sees."""
 
     def __enter__(self) -> Self:
         return self

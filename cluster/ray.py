@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -19,8 +20,9 @@ import ray
 import ray.exceptions as failures
 
 from cluster.errors import InfrastructureError, LostPeer
-from cluster.executor import Job, R, Resources, T, fix_threads
+from cluster.executor import Job, R, Resources, T, fix_threads, never
 from cluster.replica import Replica, replicas_that_fit
+from cluster.shared import check_shared
 
 # Small results only; Ray's default would reserve 30 % of the memory.
 _OBJECT_STORE_BYTES = 200 << 20
@@ -48,13 +50,19 @@ class RayExecutor:
         self._threads = threads
         self._max_retries = max_retries
 
-    def imap(self, job: Job[T, R], units: Sequence[T]) -> Iterator[tuple[int, R]]:
+    def imap(
+        self, job: Job[T, R], units: Sequence[T], stop: Callable[[], bool] = never
+    ) -> Iterator[tuple[int, R]]:
         """Runs the units with a bounded number in flight."""
         pool = _pool_of(self, job)
         try:
-            yield from _drive(pool, units, min(self._width(job), len(units)))
+            yield from _drive(pool, units, min(self._width(job), len(units)), stop)
         finally:
             pool.close()
+
+    def check_shared(self, run: Path, inputs: Sequence[Path]) -> None:
+        """A task on every node reads a file that this process writes, and answers with one."""
+        check_shared(run, inputs)
 
     def _width(self, job: Job[Any, Any]) -> int:
         """Units in flight: as many as fit the nodes, and no more than the configured workers.
@@ -252,19 +260,23 @@ class _Flight:
     deadline: float = math.inf
 
 
-def _drive(pool: _Pool, units: Sequence[Any], width: int) -> Iterator[tuple[int, Any]]:
+def _drive(
+    pool: _Pool, units: Sequence[Any], width: int, stop: Callable[[], bool]
+) -> Iterator[tuple[int, Any]]:
     """Feeds units into the pool, `width` bundles at a time, and yields results as they end."""
     waiting = list(reversed(range(len(units))))
     attempts = dict.fromkeys(range(len(units)), 0)
     running: list[_Flight] = []
     while waiting or running:
-        while waiting and len(running) < width:
+        while waiting and len(running) < width and not stop():
             # The last units are spread over the free replicas, not packed into one.
             share = -(-len(waiting) // (width - len(running)))
             bundle = [waiting.pop() for _ in range(min(pool.bundle, share))]
             attempts.update((index, attempts[index] + 1) for index in bundle)
             refs = pool.start([units[index] for index in bundle])
             running.append(_Flight(bundle, refs, list(refs)))
+        if not running:
+            return
         ended, error = _next_ended(running, pool.patience)
         running.remove(ended)
         # The unit's own exception, as it would have been raised in this process.

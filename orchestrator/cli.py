@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +13,7 @@ from rich.console import Console
 from cluster.errors import InfrastructureError
 from models.errors import UserError
 from orchestrator.errors import ConfigError, exit_code
+from orchestrator.interrupt import Interrupted, stopping_at_once
 
 if TYPE_CHECKING:
     from orchestrator.load import Loaded
@@ -23,9 +25,18 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Merge, then compress: makes a sparse mixture-of-experts checkpoint smaller.",
 )
+submit = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Hand a run to a Ray cluster or to Slurm.",
+)
+app.add_typer(submit, name="submit")
 Recipe = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file or recipe name.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Values that win.")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Show what would be submitted; write nothing.")
 ]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="The run_dir of a run.")]
 
@@ -94,6 +105,48 @@ def report(run_dir: RunDir) -> None:
     report_command(run_dir)
 
 
+@submit.command("ray")
+def submit_ray(
+    config: Recipe,
+    overrides: Overrides = None,
+    address: Annotated[
+        str | None, typer.Option("--address", help="http://HOST:8265 of the cluster.")
+    ] = None,
+    dry_run: DryRun = False,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Do not follow the job.")] = False,
+    upload_code: Annotated[
+        bool, typer.Option("--upload-code", help="The cluster has no coalesce: bring this one.")
+    ] = False,
+    runtime_env: Annotated[
+        Path | None, typer.Option("--runtime-env", help="YAML with pip, env_vars and so on.")
+    ] = None,
+    python: Annotated[
+        str, typer.Option("--python", help="Python on the cluster's head node.")
+    ] = "python",
+) -> None:
+    """Run on a Ray cluster that is up; follows the log and ends as the run ends."""
+    from orchestrator.commands.submit import ray_command
+
+    code = ray_command(
+        _load(config, overrides).config,
+        address=address,
+        dry_run=dry_run,
+        wait=not no_wait,
+        upload_code=upload_code,
+        runtime_env=runtime_env,
+        python=python,
+    )
+    raise typer.Exit(code)
+
+
+@submit.command("slurm")
+def submit_slurm(config: Recipe, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Run as a Slurm job: the config's `slurm` section says on what."""
+    from orchestrator.commands.submit import slurm_command
+
+    slurm_command(_load(config, overrides).config, dry_run=dry_run)
+
+
 @app.command("show-config")
 def show_config(config: Recipe, overrides: Overrides = None) -> None:
     """Print the resolved config with the source of every value."""
@@ -122,10 +175,15 @@ def list_names(
 def main() -> None:
     """Entry point: errors with a remedy become one message and an exit code, no stack trace."""
     try:
-        app(standalone_mode=True)
+        with stopping_at_once():
+            app(standalone_mode=True)
     except (UserError, InfrastructureError) as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(exit_code(error))
+    except Interrupted as stop:
+        again = shlex.join(["coalesce", *sys.argv[1:]])
+        typer.echo(f"{stop}; the same command goes on: {again}", err=True)
+        sys.exit(stop.exit_code)
 
 
 def _load(config: str, overrides: list[str] | None) -> Loaded:

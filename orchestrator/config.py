@@ -7,6 +7,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from orchestrator.slurm.config import SlurmConfig
 from stages.align.config import AlignConfig
 from stages.calibrate.config import CalibrateConfig
 from stages.evaluate.config import EvaluateConfig
@@ -76,6 +77,8 @@ class RunConfig(Settings):
     # None: nothing is measured, and the report says so.
     evaluate: EvaluateConfig | None = None
     executor: ExecutorConfig = ExecutorConfig()
+    # None: this run is not submitted to Slurm.
+    slurm: SlurmConfig | None = None
 
     @model_validator(mode="after")
     def _autoep_needs_ranks(self) -> Self:

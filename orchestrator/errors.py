@@ -8,6 +8,7 @@ UserError                exit 2: mend the input; nothing half-written is left
 ├── DataError, BudgetError, StatisticsError, StaleUnit, ReplicaError, GateError
 │                        stages.errors
 InfrastructureError      exit 75 (try again later): cluster.errors; finished units are kept
+Interrupted              exit 130, 143 or 75: orchestrator.interrupt; the run was asked to stop
 anything else            exit 1: a bug
 """
 
@@ -15,9 +16,10 @@ from __future__ import annotations
 
 from cluster.errors import InfrastructureError
 from models.errors import UserError
+from orchestrator.interrupt import EXIT_AGAIN, Interrupted
 
 EXIT_USER = 2
-EXIT_RETRY = 75
+EXIT_RETRY = EXIT_AGAIN
 
 
 class ConfigError(UserError):
@@ -32,4 +34,6 @@ def exit_code(error: BaseException) -> int:
     """The process exit code for an error."""
     if isinstance(error, UserError):
         return EXIT_USER
+    if isinstance(error, Interrupted):
+        return error.exit_code
     return EXIT_RETRY if isinstance(error, InfrastructureError) else 1

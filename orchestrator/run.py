@@ -14,8 +14,9 @@ import yaml
 
 from models.arrow import read_table, write_table
 from models.atomic import file_digest, write_bytes, write_json
-from orchestrator import engine, estimate, pipeline, run_folder, samples
+from orchestrator import engine, estimate, pipeline, run_folder, samples, shared
 from orchestrator.events import EventLog, Listener
+from orchestrator.interrupt import heeding_signals
 from orchestrator.lock import exclusive
 from orchestrator.preflight import Prepared, Variant
 from orchestrator.report.card import render_card
@@ -104,8 +105,9 @@ def _started(
     run_folder.claim(folder, prepared.config, prepared.model)
     events = EventLog(folder.events, listeners)
     events.emit("run_started", run=str(folder.root), resumes=prepared.resumes)
-    with exclusive(folder), open_executor(config) as executor:
-        yield events, Scheduler(executor, events, config.gpus_per_worker)
+    with exclusive(folder), open_executor(config) as executor, heeding_signals() as stop:
+        shared.check(prepared, executor)
+        yield events, Scheduler(executor, events, config.gpus_per_worker, stop)
         _sweep(folder)
 
 

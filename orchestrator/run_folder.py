@@ -89,6 +89,11 @@ class RunFolder:
         return self.evaluation / "tokens.arrow"
 
     @property
+    def slurm(self) -> Path:
+        """Batch script, config and logs of the Slurm jobs that work on this run."""
+        return self.root / "slurm"
+
+    @property
     def report(self) -> Path:
         """index.html, report.json, pictures."""
         return self.root / "report"
@@ -145,7 +150,8 @@ def settled(config: RunConfig) -> dict[str, Any]:
     # Whether sums are made from the sample changes neither the sample nor anything else.
     free_here: dict[str, Any] = {"engine": True, "memory_bytes": True, "backend": True}
     free_here |= {"min_tokens_per_expert": True, "sample": {"statistics"}}
-    free: dict[str, Any] = {"run_dir": True, "executor": True, "calibrate": free_here}
+    free: dict[str, Any] = {"run_dir": True, "executor": True, "slurm": True}
+    free["calibrate"] = free_here
     values: dict[str, Any] = config.model_dump(mode="json", exclude=free)
     values["calibrate"] |= autoep(config)
     return values | {"threads_per_unit": config.executor.threads_per_unit}
@@ -204,4 +210,5 @@ def _read_identity(folder: RunFolder) -> dict[str, Any] | None:
 
 def _own_names(folder: RunFolder) -> set[str]:
     temporary = {path.name for path in folder.root.glob(".*.tmp")}
-    return {folder.config.name, folder.events.name, folder.lock.name} | temporary
+    own = {folder.config.name, folder.events.name, folder.lock.name, folder.slurm.name}
+    return own | temporary

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from cluster.executor import Executor, Job, Replicas, Resources
 from orchestrator.config import ExecutorConfig
 from orchestrator.events import EventLog
+from orchestrator.interrupt import Stop
 from stages.unit import Done, Unit, execute, peak_rss, read_marker, reset_peak_rss
 
 U = TypeVar("U", bound=Unit)
@@ -19,8 +20,12 @@ U = TypeVar("U", bound=Unit)
 class Scheduler:
     """Feeds stages to an executor; keeps the outcome of every unit."""
 
-    def __init__(self, executor: Executor, events: EventLog, gpus_per_worker: int) -> None:
+    def __init__(
+        self, executor: Executor, events: EventLog, gpus_per_worker: int, stop: Stop | None = None
+    ) -> None:
+        """`stop`: once it says so, no unit is started and `Interrupted` is raised."""
         self._executor = executor
+        self._stop = stop or Stop()
         self._events = events
         self._gpus = gpus_per_worker
         self.done: dict[str, list[Done]] = {}
@@ -52,6 +57,7 @@ class Scheduler:
     @contextmanager
     def here(self, stage: str) -> Iterator[None]:
         """A stage that the driver does itself, in seconds: timed and reported like the others."""
+        self._stop.check()
         self._events.emit("stage_started", stage=stage, units=1)
         reset_peak_rss()
         start = time.monotonic()
@@ -77,9 +83,11 @@ class Scheduler:
             self._events.emit("resuming", stage=stage, done=finished, units=len(units))
         start, results = time.monotonic(), dict[int, Done]()
         turns = [units[index] for index in order]
-        for turn, done in self._executor.imap(job, turns) if units else ():
+        for turn, done in self._executor.imap(job, turns, self._stop) if units else ():
             results[order[turn]] = done
             self._report(stage, results, len(units), done, time.monotonic() - start)
+        if len(results) < len(units):
+            self._stop.check()
         ordered = [results[index] for index in range(len(units))]
         self.done.setdefault(stage, []).extend(ordered)
         self._events.emit("stage_done", stage=stage, seconds=round(time.monotonic() - start, 3))

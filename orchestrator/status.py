@@ -38,9 +38,10 @@ def stages(folder: RunFolder) -> dict[str, dict[str, Any]]:
                 entry = found.setdefault(event["stage"], _fresh())
                 entry["state"] = "done"
                 entry["seconds"] += event["seconds"]
-            case "run_failed":
+            case "run_failed" | "run_stopped":
+                state = event["event"].removeprefix("run_")
                 for entry in found.values():
-                    entry["state"] = "failed" if entry["state"] == "running" else entry["state"]
+                    entry["state"] = state if entry["state"] == "running" else entry["state"]
     return found
 
 
@@ -73,6 +74,8 @@ def headline(folder: RunFolder) -> str:
         return "finished"
     if last["event"] == "observed":
         return "observed; `coalesce run` goes on from here"
+    if last["event"] == "run_stopped":
+        return f"{last['error']}; `coalesce run` goes on from here"
     if last["event"] == "run_failed":
         return f"failed: {str(last['error']).splitlines()[0]}"
     return f"last sign of life {time.time() - last['time']:.0f} s ago"

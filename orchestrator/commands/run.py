@@ -14,6 +14,7 @@ from orchestrator import progress
 from orchestrator.config import RunConfig
 from orchestrator.errors import exit_code
 from orchestrator.events import EventLog, Listener
+from orchestrator.interrupt import Interrupted
 from orchestrator.plan import table
 from orchestrator.preflight import Prepared, prepare
 from orchestrator.report.story import headline
@@ -62,10 +63,9 @@ def _supervised(
 def _record_failure(prepared: Prepared, error: BaseException) -> None:
     if prepared.folder.identity.exists():
         message = str(error) or type(error).__name__
+        kind = "run_stopped" if isinstance(error, Interrupted) else "run_failed"
         with suppress(OSError):  # on a full disk the error itself matters more
-            EventLog(prepared.folder.events).emit(
-                "run_failed", error=message, code=exit_code(error)
-            )
+            EventLog(prepared.folder.events).emit(kind, error=message, code=exit_code(error))
 
 
 def _print_result(console: Console, prepared: Prepared) -> None:

@@ -19,7 +19,7 @@ from stages.export.formats import FORMATS
 from stages.group.config import METHODS
 from tests.orchestrator.tiny_run import Command, Inputs, expert, router, snapshot
 
-VERBS = ["run", "plan", "validate", "status", "report", "show-config", "ls"]
+VERBS = ["run", "plan", "validate", "status", "report", "submit", "show-config", "ls"]
 HEAVY = {"torch", "ray", "deepspeed", "transformers", "datasets", "pyarrow", "numpy", "matplotlib"}
 
 # Runs the command like the installed script, then says what it imported.

@@ -1,0 +1,89 @@
+"""How a run is asked to stop, and how it answers. Imports neither torch nor ray.
+
+SIGUSR1         no new units; those in flight end; exit 75: start me again
+SIGTERM, SIGINT at once; exit 143, 130
+
+Either way nothing is half-written: what a unit wrote counts only once its marker is there.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from types import FrameType
+
+AT_ONCE = (signal.SIGINT, signal.SIGTERM)
+DRAIN = signal.SIGUSR1
+EXIT_AGAIN = 75
+
+
+class Interrupted(BaseException):
+    """The run was asked to stop. No Exception: nothing that mends failures may swallow it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.signal = signal.Signals(number)
+
+    def __str__(self) -> str:
+        return f"stopped by {self.signal.name}; finished units are kept"
+
+    @property
+    def exit_code(self) -> int:
+        """75 where another start was asked for, otherwise as a shell reports the signal."""
+        return EXIT_AGAIN if self.signal == DRAIN else 128 + self.signal
+
+
+class Stop:
+    """Says whether units may still be taken."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __call__(self) -> bool:
+        return self.asked
+
+    def check(self) -> None:
+        """Raises Interrupted once no more units may be taken."""
+        if self.asked:
+            raise Interrupted(DRAIN)
+
+
+@contextmanager
+def stopping_at_once() -> Iterator[None]:
+    """While no unit is in flight, every signal ends the command at once."""
+    with _handlers(dict.fromkeys((*AT_ONCE, DRAIN), _raise)):
+        yield
+
+
+@contextmanager
+def heeding_signals() -> Iterator[Stop]:
+    """While units are in flight. To be entered after `ray.init`, which sets a handler itself."""
+    stop = Stop()
+
+    def drain(number: int, frame: FrameType | None) -> None:
+        stop.asked = True
+
+    with _handlers(dict.fromkeys(AT_ONCE, _raise) | {DRAIN: drain}):
+        yield stop
+
+
+def _raise(number: int, frame: FrameType | None) -> None:
+    # Slurm and its launcher may both say it: once is enough, and must not disturb the clearing up.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise Interrupted(number)
+
+
+@contextmanager
+def _handlers(wanted: Mapping[signal.Signals, signal._HANDLER]) -> Iterator[None]:
+    previous = {}
+    with suppress(ValueError):  # handlers belong to the main thread; a library's caller keeps its
+        for number, handler in wanted.items():
+            previous[number] = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            ending = signal.getsignal(number) == signal.SIG_IGN and handler is _raise
+            if not ending:
+                signal.signal(number, handler)
