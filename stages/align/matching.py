@@ -7,10 +7,14 @@ single linear assignment problem, solved exactly.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from models.expert import Expert
+from stages.align.activations import activation_gain, joint_gain
+from stages.errors import StatisticsError
 
 
 def matching_gain(reference: Expert, target: Expert) -> Tensor:
@@ -45,6 +49,33 @@ def assignment(gain: Tensor) -> Tensor:
 def align(reference: Expert, target: Expert) -> Expert:
     """`target` with its neurons in the order that lies nearest to `reference`."""
     return target.permuted(assignment(matching_gain(reference, target)))
+
+
+def gain(
+    by: Literal["weights", "activations", "both"],
+    reference: Expert,
+    target: Expert,
+    activations: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """[I, I] gain by the criterion of the config.
+
+    Args:
+        activations: [N, I] of the reference and of the target on the same tokens; not read by
+            `weights`.
+
+    Raises:
+        StatisticsError: the criterion needs activations and there are none.
+    """
+    if by == "weights":
+        return matching_gain(reference, target)
+    if activations is None:
+        raise StatisticsError(
+            f"align.by={by} needs what neurons do on sampled tokens, and none were taken",
+            "set calibrate.sample.tokens (4096), or align.by=weights",
+        )
+    if by == "activations":
+        return activation_gain(*activations)
+    return joint_gain(reference, target, *activations)
 
 
 def squared_distance(a: Expert, b: Expert) -> float:

@@ -11,6 +11,7 @@ from stages.group.config import AnyMethod
 from stages.group.decision import LayerDecision
 from stages.group.methods import DECIDE
 from stages.group.methods.base import keep_all
+from stages.group.super_experts import describe, protect, super_experts
 
 
 def decide(
@@ -25,7 +26,9 @@ def decide(
     for each in statistics:
         if each.tokens == 0:
             raise StatisticsError(f"layer {each.layer} saw no token", "calibrate on more text")
-    skipped = set(config.skip_layers)
+    skipped = config.skipped([each.layer for each in statistics])
+    if config.protect_super_experts:
+        statistics = protect(statistics, super_experts(statistics))
     merged = [each for each in statistics if each.layer not in skipped]
     found = [keep_all(each) for each in statistics if each.layer in skipped]
     if merged:
@@ -34,9 +37,9 @@ def decide(
     return sorted(found, key=lambda decision: decision.layer)
 
 
-def warnings(statistics: Sequence[LayerStatistics]) -> list[str]:
-    """Layers in which an expert received no token: it has no weight in a merge."""
-    found = []
+def warnings(statistics: Sequence[LayerStatistics], config: AnyMethod | None = None) -> list[str]:
+    """Experts without a token, which have no weight in a merge; super experts, if protected."""
+    found = describe(statistics) if config is not None and config.protect_super_experts else []
     for each in statistics:
         unused = [e for e, count in enumerate(each.sums["selected"]) if count == 0]
         if unused:
