@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from models.families import layer_of
+from orchestrator import samples
 from orchestrator.preflight import Prepared, expected_layouts
 from stages.calibrate.config import Engine
 from stages.calibrate.streaming import KEPT_ARGUMENT_BYTES
@@ -33,7 +34,23 @@ def calibrate(run: Prepared, engine: Engine) -> int:
     streamed = engine == "streaming"
     weights = _streamed_bytes(run, config.dtype) if streamed else _resident(run)
     sums = run.calibration_domains * statistics_bytes(run)
-    return PROCESS_BYTES + weights + sums + _activations(run)
+    # A shard's share of the sampled inputs, and once more while they are written.
+    kept = 2 * len(run.moe.layers) * samples.layer_bytes(config, run.moe) // config.shards
+    return PROCESS_BYTES + weights + sums + kept + _activations(run)
+
+
+def inputs(run: Prepared) -> int:
+    """The sampled inputs of one layer, in parts and joined."""
+    return PROCESS_BYTES + 2 * samples.layer_bytes(run.config.calibrate, run.moe)
+
+
+def subsample(run: Prepared) -> int:
+    """One layer's inputs, one expert as stored and in fp32, outputs, a chunk, and all sums."""
+    config, moe = run.config.calibrate, run.moe
+    given = 3 * samples.layer_bytes(config, moe)
+    expert = 3 * max(moe.expert_bytes(layer) for layer in moe.layers)
+    sums = 2 * run.calibration_domains * samples.table_size(moe)
+    return PROCESS_BYTES + given + expert + sums + samples.pair_bytes(config, moe)
 
 
 def hidden_bytes(run: Prepared) -> int:

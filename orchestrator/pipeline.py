@@ -11,12 +11,20 @@ from orchestrator.preflight import Prepared, Variant
 from orchestrator.run_folder import MAIN
 from stages.calibrate import stage as calibrate
 from stages.calibrate.config import Engine
-from stages.corpus.stage import CorpusUnit, count_blocks, data_digest, tokenizer_digest
+from stages.corpus.stage import (
+    CorpusUnit,
+    block_domains,
+    count_blocks,
+    data_digest,
+    tokenizer_digest,
+)
 from stages.evaluate.stage import ORIGINAL, EvaluateUnit
 from stages.export.formats import FORMATS
 from stages.export.layout import FileLayout
 from stages.export.stage import ExportUnit
 from stages.group.decision import LayerDecision
+from stages.inputs import stage as inputs
+from stages.subsample import stage as subsample
 from stages.transform import stage as transform
 from stages.unit import Done, beside, read_digests
 
@@ -62,6 +70,27 @@ def calibrate_units(run: Prepared, engine: Engine) -> list[calibrate.ShardUnit]:
         folder=run.folder.shards,
         inputs=inputs,
         engine=engine,
+    )
+
+
+def inputs_units(run: Prepared, shards: Sequence[calibrate.ShardUnit]) -> list[inputs.InputsUnit]:
+    """One unit per MoE layer, once all shards are observed; none when nothing is sampled."""
+    domains = block_domains(run.folder.calibration_tokens)
+    return inputs.plan(shards, run.moe.layers, domains, run.folder.inputs)
+
+
+def subsample_units(
+    run: Prepared, layers: Sequence[inputs.InputsUnit]
+) -> list[subsample.SubsampleUnit]:
+    """One unit per MoE layer, once the inputs are joined."""
+    if not run.config.calibrate.sample.statistics:
+        return []
+    return subsample.plan(
+        layers,
+        run.moe,
+        model=run.model,
+        threads=run.config.executor.threads_per_unit,
+        folder=run.folder.subsample,
     )
 
 

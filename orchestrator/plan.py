@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.table import Table
 
-from orchestrator import engine, estimate, pipeline
+from orchestrator import engine, estimate, pipeline, samples
 from orchestrator.estimate import human
 from orchestrator.preflight import Prepared, disk_bytes, expected_layouts
 from stages.transform.stage import file_name
@@ -29,7 +30,8 @@ class Row:
 
 def rows(run: Prepared) -> list[Row]:
     """One row per stage, in order."""
-    return [_verify(run), _corpus(run), _calibrate(run), *_models(run), *_evaluate(run)]
+    observed = [_verify(run), _corpus(run), _calibrate(run), *_sample(run)]
+    return [*observed, *_models(run), *_evaluate(run)]
 
 
 def table(run: Prepared) -> Table:
@@ -49,6 +51,9 @@ def summary(run: Prepared) -> str:
     before, after = run.moe.checkpoint.file_bytes, sum(each.file_bytes for each in layouts)
     disk = disk_bytes(run)
     text = ""
+    scratch = engine.worker_count(run) * samples.scratch_bytes(run.config.calibrate, run.moe)
+    kept = samples.disk_bytes(run.config.calibrate, run.moe, run.calibration_domains)
+    disk = max(disk, kept + scratch)  # gone before the first output file is written
     if run.config.calibrate.statistics is None:
         choice = engine.choose(run)
         text = f"\ncalibrate: {choice.engine} engine: {choice.why}"
@@ -90,6 +95,25 @@ def _calibrate(run: Prepared) -> Row:
     times = shards if choice.engine == "streaming" else min(engine.worker_count(run), shards)
     read, peak = moe.checkpoint.nbytes * times, choice.worker_bytes
     return Row("calibrate", shards, min(finished, shards), read, written, peak)
+
+
+def _sample(run: Prepared) -> list[Row]:
+    config, moe = run.config.calibrate, run.moe
+    layers, size = len(moe.layers), samples.layer_bytes(config, moe)
+    if not size:
+        return []
+
+    def finished(folder: Path, kind: str) -> int:
+        return min(len(list(folder.glob(f"*.{kind}.json"))), layers)
+
+    done, peak = finished(run.folder.inputs, "safetensors"), estimate.inputs(run)
+    found = [Row("inputs", layers, done, layers * size, layers * size, peak)]
+    if samples.evaluated(config):
+        experts = sum(moe.num_experts * moe.expert_bytes(layer) for layer in moe.layers)
+        written = layers * run.calibration_domains * samples.table_size(moe)
+        done, peak = finished(run.folder.subsample, "arrow"), estimate.subsample(run)
+        found.append(Row("subsample", layers, done, layers * size + experts, written, peak))
+    return found
 
 
 def _models(run: Prepared) -> list[Row]:

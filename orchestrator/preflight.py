@@ -16,7 +16,7 @@ from models.atomic import file_digest
 from models.errors import CheckpointError, DiskFull
 from models.moe import MoeCheckpoint
 from models.skeleton import check_dense_tensors
-from orchestrator import run_folder
+from orchestrator import run_folder, samples
 from orchestrator.config import ModelConfig, RunConfig
 from orchestrator.errors import ConfigError
 from orchestrator.run_folder import MAIN, RunFolder
@@ -76,6 +76,7 @@ def prepare(config: RunConfig) -> Prepared:
     model, folder = identity(moe.checkpoint), RunFolder(config.run_dir.absolute())
     if config.calibrate.statistics is not None:
         check_statistics(config.calibrate.statistics, moe, model)
+        samples.layer_inputs(folder, config.calibrate, moe)
     found = _variants(config, moe)
     for variant in found:
         expected_decisions(variant, moe)
@@ -277,13 +278,14 @@ def _check_digest(path: Path) -> None:
 
 
 def disk_bytes(prepared: Prepared) -> int:
-    """What the run writes at its peak: every variant's files, distributions and blocks."""
+    """What the run writes at its peak: every variant's files, samples, distributions, blocks."""
     files = sum(
         layout.file_bytes
         for variant in prepared.variants
         for layout in expected_layouts(variant, prepared.moe)
     )
-    evaluate = prepared.config.evaluate
+    evaluate, domains = prepared.config.evaluate, prepared.calibration_domains
+    files += samples.disk_bytes(prepared.config.calibrate, prepared.moe, domains)
     if evaluate is None:
         return files
     vocabulary = int(prepared.moe.checkpoint.config["vocab_size"])

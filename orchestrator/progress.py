@@ -18,7 +18,10 @@ from rich.progress import (
 
 from orchestrator.events import Event, Listener
 
-STAGES = ("verify", "corpus", "calibrate", "group", "transform", "export", "evaluate", "report")
+STAGES = (
+    "verify", "corpus", "calibrate", "inputs", "subsample",
+    "group", "transform", "export", "evaluate", "report",
+)  # fmt: skip
 _LINE_EVERY_SECONDS = 10.0
 
 

@@ -14,7 +14,7 @@ import yaml
 
 from models.arrow import read_table, write_table
 from models.atomic import file_digest, write_bytes, write_json
-from orchestrator import engine, estimate, pipeline, run_folder
+from orchestrator import engine, estimate, pipeline, run_folder, samples
 from orchestrator.events import EventLog, Listener
 from orchestrator.lock import exclusive
 from orchestrator.preflight import Prepared, Variant
@@ -35,6 +35,8 @@ from stages.export.formats import FORMATS
 from stages.export.layout import FileLayout, file_layouts, sizes
 from stages.group import stage as group
 from stages.group.decision import LayerDecision, to_table
+from stages.inputs import stage as inputs
+from stages.subsample import stage as subsample
 from stages.transform import stage as transform
 from stages.unit import beside, read_marker
 from stages.verify import stage as verify
@@ -126,14 +128,29 @@ def _observe(prepared: Prepared, scheduler: Scheduler, events: EventLog) -> pa.T
     if config.calibrate.statistics is not None:
         table = read_statistics(config.calibrate.statistics)
     else:
+        samples.check(config.calibrate, prepared.moe)
         choice = engine.choose(prepared)
         events.emit("engine", stage="calibrate", engine=choice.engine, why=choice.why)
         shards = pipeline.calibrate_units(prepared, choice.engine)
         replicas = pipeline.replicas(prepared)
         memory = choice.worker_bytes
         scheduler.run_model("calibrate", shards, calibrate.make_worker, memory, replicas)
+        _sample(prepared, scheduler, shards)
         table = calibrate.reduce(shards)
     return _settle(folder.statistics, table)
+
+
+def _sample(
+    prepared: Prepared, scheduler: Scheduler, shards: Sequence[calibrate.ShardUnit]
+) -> None:
+    """Layer by layer: what entered it, and what all its experts do with that."""
+    joined = pipeline.inputs_units(prepared, shards)
+    if joined:
+        scheduler.run("inputs", joined, inputs.run_one, estimate.inputs(prepared))
+    tables = pipeline.subsample_units(prepared, joined)
+    if tables:
+        memory = estimate.subsample(prepared)
+        scheduler.run_model("subsample", tables, subsample.make_worker, memory)
 
 
 def _settle(path: Path, table: pa.Table) -> pa.Table:

@@ -64,6 +64,16 @@ class RunFolder:
         return self.root / "calibration" / "shards"
 
     @property
+    def inputs(self) -> Path:
+        """Sampled inputs, one file per layer."""
+        return self.root / "calibration" / "inputs"
+
+    @property
+    def subsample(self) -> Path:
+        """Sums of all experts on the sampled inputs, one file per layer."""
+        return self.root / "calibration" / "subsample"
+
+    @property
     def statistics(self) -> Path:
         """The sum over shards."""
         return self.root / "statistics.arrow"
@@ -132,7 +142,8 @@ def check(folder: RunFolder, config: RunConfig, model: str) -> bool:
 
 def settled(config: RunConfig) -> dict[str, Any]:
     """The part of a config that decides results; where and how fast units run is not in it."""
-    engine = {"engine", "memory_bytes"}
+    # Whether sums are made from the sample changes neither the sample nor anything else.
+    engine = {"engine": True, "memory_bytes": True, "sample": {"statistics"}}
     free: dict[str, Any] = {"run_dir": True, "executor": True, "calibrate": engine}
     values: dict[str, Any] = config.model_dump(mode="json", exclude=free)
     executor = config.executor

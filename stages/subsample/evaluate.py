@@ -45,8 +45,13 @@ def layer_sums(moe: MoeCheckpoint, inputs: LayerInputs, beside: Path) -> dict[st
 
 
 def chunk_tokens(experts: int, hidden: int) -> int:
-    """Tokens of a chunk: their outputs and two copies, and three matrices of pairs, in float64."""
-    return max(1, CHUNK_BYTES // (24 * experts * (hidden + experts)))
+    """Tokens of a chunk."""
+    return max(1, CHUNK_BYTES // token_bytes(experts, hidden))
+
+
+def token_bytes(experts: int, hidden: int) -> int:
+    """One token in a chunk: its outputs and two copies, three matrices of pairs, in float64."""
+    return 24 * experts * (hidden + experts)
 
 
 def outputs_bytes(tokens: int, experts: int, hidden: int) -> int:

@@ -184,7 +184,7 @@ def test_a_run_says_which_engine_it_uses_and_why(inputs: Inputs) -> None:
     run(prepared(inputs, "calibrate.memory_bytes=1000000"), [events.append])
 
     (event,) = (each for each in events if each["event"] == "engine")
-    assert describe(event).startswith("[3/8] calibrate: streaming engine: a worker with the whole")
+    assert describe(event).startswith("[3/10] calibrate: streaming engine: a worker with the whole")
     assert "does not fit into 1.0 MB" in describe(event)
 
 

@@ -141,7 +141,8 @@ def test_a_finished_run_shows_every_stage_as_done(coalesce: Command, finished: I
     assert {entry["state"] for entry in found.values()} == {"done"}
     assert all(entry["done"] == entry["units"] for entry in found.values())
     assert list(found) == [
-        "verify", "corpus", "calibrate", "group", "transform", "export", "report"
+        "verify", "corpus", "calibrate", "inputs", "subsample",
+        "group", "transform", "export", "report",
     ]  # fmt: skip
 
 
@@ -163,7 +164,7 @@ def test_what_a_unit_says_includes_rate_and_time_left() -> None:
         "event": "unit_done", "stage": "calibrate", "done": 2, "units": 8,
         "amount": 5000, "of": "tokens", "elapsed_seconds": 2.0, "eta_seconds": 6.0,
     }  # fmt: skip
-    assert describe(event) == "[3/8] calibrate: 2/8 2,500 tokens/s, 6 s left"
+    assert describe(event) == "[3/10] calibrate: 2/8 2,500 tokens/s, 6 s left"
 
 
 def test_a_log_file_gets_plain_lines_and_not_one_for_every_unit(

@@ -17,6 +17,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 SMALL = [
     "calibrate.data.tokens=10240",
     "calibrate.batch_size=4",
+    "calibrate.sample.tokens=512",
     "evaluate.data.tokens=5120",
     "evaluate.baselines=[reap]",
     "evaluate.kl_positions=64",
@@ -37,9 +38,12 @@ def finish(run_dir: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
 def bytes_of(run_dir: Path) -> dict[str, str]:
     """Digest of everything that a user keeps."""
     kept = [run_dir / "statistics.arrow", run_dir / "decision.arrow"]
-    kept += [p for folder in ("output", "layers") for p in (run_dir / folder).iterdir()]
-    kept = [path for path in kept if not path.name.endswith(".safetensors.json")]
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in kept}
+    folders = ("output", "layers", "calibration/inputs", "calibration/subsample")
+    kept += [p for folder in folders for p in (run_dir / folder).iterdir()]
+    markers = (".safetensors.json", ".arrow.json")
+    kept = [path for path in kept if not path.name.endswith(markers)]
+    digests = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in kept}
+    return {str(path.relative_to(run_dir)): digest for path, digest in digests.items()}
 
 
 def kill_when(run_dir: Path, pattern: str, *overrides: str) -> None:
@@ -72,6 +76,8 @@ KILL_POINTS = {
     "while claiming the folder": "config.yaml",
     "while tokenising": "run.json",
     "between calibration shards": "calibration/shards/shard-00001.arrow.json",
+    "between joined inputs": "calibration/inputs/layer-00002.safetensors",
+    "while all experts are evaluated": "calibration/subsample/layer-00002.arrow",
     "after the statistics": "statistics.arrow",
     "between layers": "layers/layer-00002.safetensors",
     "while assembling": ".output.*.tmp",
@@ -153,8 +159,8 @@ def test_a_flipped_bit_in_a_finished_layer_is_found_and_repaired(
     done = finish(run_dir, "executor.kind=local", "evaluate=null")
     assert done.returncode == 0, done.stderr
     assert (
-        bytes_of(run_dir)["layer-00001.safetensors"]
-        == (bytes_of(uninterrupted)["layer-00001.safetensors"])
+        bytes_of(run_dir)["layers/layer-00001.safetensors"]
+        == (bytes_of(uninterrupted)["layers/layer-00001.safetensors"])
     )
     output = run_dir / "output" / "model-00002-of-00006.safetensors"
     assert output.read_bytes() == layer.read_bytes()

@@ -68,6 +68,7 @@ class Inputs:
                     "sequence_length": 16,
                 },
                 "shards": 2,
+                "sample": {"tokens": 48},
             },
             "group": {"method": "mc_smoe", "budget": {"keep_ratio": 0.5}},
             "executor": {"kind": "local"},

@@ -177,7 +177,7 @@ def test_the_chunk_of_the_largest_models_stays_within_its_bound() -> None:
     for experts, hidden in ((8, 4096), (128, 2048), (256, 7168), (384, 7168)):
         count = evaluate.chunk_tokens(experts, hidden)
         assert count >= 1
-        assert count * 24 * experts * (hidden + experts) <= evaluate.CHUNK_BYTES
+        assert count * evaluate.token_bytes(experts, hidden) <= evaluate.CHUNK_BYTES
 
 
 def test_a_function_that_is_not_the_family_s_is_refused_with_numbers(

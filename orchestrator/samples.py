@@ -1,0 +1,129 @@
+"""The sampled inputs of a run: how large they become, where they lie, and whose they are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from models.expert_function import check_function
+from models.moe import MoeCheckpoint
+from models.tensors import read_metadata
+from orchestrator.run_folder import RunFolder
+from stages.calibrate.config import CalibrateConfig
+from stages.errors import StatisticsError
+from stages.inputs import stage as inputs
+from stages.subsample import stage as subsample
+from stages.subsample.columns import table_bytes
+from stages.subsample.evaluate import CHUNK_BYTES, HELD_BYTES, outputs_bytes, token_bytes
+
+_COMPARED = 4
+
+
+def sampled_tokens(config: CalibrateConfig) -> int:
+    """N; 0 when nothing is sampled, or when another run observed."""
+    return 0 if config.statistics is not None else min(config.sample.tokens, config.data.tokens)
+
+
+def evaluated(config: CalibrateConfig) -> bool:
+    """Whether all experts run on the sample."""
+    return config.sample.statistics and sampled_tokens(config) > 0
+
+
+def layer_bytes(config: CalibrateConfig, moe: MoeCheckpoint) -> int:
+    """The sampled inputs of one layer: hidden states, k ids and gates, E logits, the place."""
+    width = {"auto": 0, "float32": 4}.get(config.dtype, 2)
+    width = width or -(-moe.checkpoint.nbytes // moe.checkpoint.parameters)
+    row = width * _hidden(moe) + 12 * moe.top_k + 4 * moe.num_experts + 16
+    return sampled_tokens(config) * row
+
+
+def table_size(moe: MoeCheckpoint) -> int:
+    """The sums of one layer and domain."""
+    neurons = int(moe.expert_infos(moe.layers[0])["up"].shape[0])
+    return table_bytes(moe.num_experts, _hidden(moe), neurons)
+
+
+def disk_bytes(config: CalibrateConfig, moe: MoeCheckpoint, domains: int) -> int:
+    """What stays on disk: every input in its shard and in its layer's file, and the sums."""
+    sums = domains * table_size(moe) if evaluated(config) else 0
+    return len(moe.layers) * (2 * layer_bytes(config, moe) + sums)
+
+
+def scratch_bytes(config: CalibrateConfig, moe: MoeCheckpoint) -> int:
+    """Outputs of all experts of a layer on disk while one worker adds them up."""
+    size = outputs_bytes(sampled_tokens(config), moe.num_experts, _hidden(moe))
+    return size if evaluated(config) and size > HELD_BYTES else 0
+
+
+def pair_bytes(config: CalibrateConfig, moe: MoeCheckpoint) -> int:
+    """Memory for the outputs of all experts and for one chunk of them."""
+    tokens, experts = sampled_tokens(config), moe.num_experts
+    held = min(HELD_BYTES, outputs_bytes(tokens, experts, _hidden(moe)))
+    return held + min(CHUNK_BYTES, tokens * token_bytes(experts, _hidden(moe)))
+
+
+def check(config: CalibrateConfig, moe: MoeCheckpoint) -> None:
+    """Refuses experts that cannot be evaluated, before anything is observed.
+
+    Raises:
+        CheckpointError: they compute a function that is not known here.
+    """
+    if not evaluated(config):
+        return
+    layer = moe.layers[0]
+    tensors = moe.read_expert(layer, 0).tensors().values()
+    if all(bool(tensor.isfinite().all()) for tensor in tensors):  # else: `verify` names the tensor
+        generator = torch.Generator().manual_seed(0)
+        check_function(moe, layer, torch.randn(_COMPARED, _hidden(moe), generator=generator))
+
+
+def layer_inputs(folder: RunFolder, config: CalibrateConfig, moe: MoeCheckpoint) -> dict[int, Path]:
+    """Layer -> sampled inputs of this run, or of the run whose statistics are used; may be empty.
+
+    Raises:
+        StatisticsError: they were taken from another model than the statistics.
+    """
+    used = observed(folder, config)
+    found = _complete(used.inputs, inputs.file_name, moe)
+    if found and config.statistics is not None:
+        _refuse_foreign(used, found[moe.layers[0]])
+    return found
+
+
+def subsamples(folder: RunFolder, config: CalibrateConfig, moe: MoeCheckpoint) -> dict[int, Path]:
+    """Layer -> sums of all experts on the sample, from where the inputs are; may be empty."""
+    return _complete(observed(folder, config).subsample, subsample.file_name, moe)
+
+
+def observed(folder: RunFolder, config: CalibrateConfig) -> RunFolder:
+    """The run that observed: this one, or the one in whose folder the given statistics lie."""
+    return folder if config.statistics is None else RunFolder(config.statistics.absolute().parent)
+
+
+def _complete(folder: Path, name: Callable[[int], str], moe: MoeCheckpoint) -> dict[int, Path]:
+    """The files of all layers, or nothing."""
+    found = {layer: folder / name(layer) for layer in moe.layers}
+    return found if all(path.exists() for path in found.values()) else {}
+
+
+def _refuse_foreign(used: RunFolder, path: Path) -> None:
+    from stages.calibrate.statistics import metadata_of, read_statistics
+
+    wanted = metadata_of(read_statistics(used.statistics))
+    try:
+        seen = dict(read_metadata(path)["inputs"])
+    except Exception as error:  # safetensors has its own types; all mean: not such a file
+        raise StatisticsError(f"cannot read layer inputs from {path}: {error}") from error
+    if seen != wanted:
+        raise StatisticsError(
+            f"{path} and {used.statistics} were not observed together:"
+            f" {json.dumps(seen)[:80]} and {json.dumps(wanted)[:80]}",
+            f"remove {used.inputs}, or copy the whole run folder again",
+        )
+
+
+def _hidden(moe: MoeCheckpoint) -> int:
+    return int(moe.checkpoint.config["hidden_size"])
