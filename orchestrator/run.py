@@ -17,12 +17,14 @@ from models.atomic import file_digest, write_bytes, write_json
 from orchestrator import engine, estimate, pipeline, run_folder, samples
 from orchestrator.events import EventLog, Listener
 from orchestrator.lock import exclusive
+from orchestrator.needs import attached
 from orchestrator.preflight import Prepared, Variant
 from orchestrator.report.card import render_card
 from orchestrator.report.collect import Collected, collect
 from orchestrator.report.write import write_report
 from orchestrator.run_folder import MAIN, RunFolder
 from orchestrator.scheduler import Scheduler, open_executor
+from stages.align.reference import with_references
 from stages.calibrate import stage as calibrate
 from stages.calibrate.statistics import LayerStatistics, layers_of, read_statistics
 from stages.corpus import stage as corpus
@@ -35,7 +37,9 @@ from stages.export.formats import FORMATS
 from stages.export.layout import FileLayout, file_layouts, sizes
 from stages.group import stage as group
 from stages.group.decision import LayerDecision, to_table
+from stages.group.task import task_layers
 from stages.inputs import stage as inputs
+from stages.merge.weights import with_weights
 from stages.subsample import stage as subsample
 from stages.transform import stage as transform
 from stages.unit import beside, read_marker
@@ -171,8 +175,9 @@ def _decide(
     prepared: Prepared, scheduler: Scheduler, table: pa.Table, events: EventLog
 ) -> list[Decided]:
     """Decisions of the main variant and the baselines, from the same statistics."""
-    statistics = layers_of(table)
-    for message in group.warnings(statistics):
+    method = prepared.config.group
+    statistics = task_layers(table, method.task)
+    for message in group.warnings(statistics, method):
         events.emit("warning", message=message)
     with scheduler.here("group"):
         return [_decide_one(prepared, variant, statistics) for variant in prepared.variants]
@@ -181,7 +186,11 @@ def _decide(
 def _decide_one(
     prepared: Prepared, variant: Variant, statistics: Sequence[LayerStatistics]
 ) -> Decided:
-    decisions = group.decide(variant.method, statistics, sizes(prepared.moe, variant.export))
+    config, moe = prepared.config, prepared.moe
+    statistics = attached(config, variant.method, statistics, prepared.folder, moe)
+    decisions = group.decide(variant.method, statistics, sizes(moe, variant.export))
+    decisions = with_references(decisions, statistics, config.align)
+    decisions = with_weights(decisions, statistics, config.merge)
     FORMATS[variant.export.format].check(prepared.moe, decisions)
     metadata = {
         "method": variant.method.model_dump_json(),

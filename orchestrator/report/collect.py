@@ -12,12 +12,13 @@ import pyarrow as pa
 
 from orchestrator.preflight import Prepared
 from orchestrator.run_folder import MAIN, versions
-from stages.calibrate.statistics import domain_sums, layers_of
+from stages.calibrate.statistics import domain_sums
 from stages.corpus.stage import count_tokens
 from stages.evaluate.stage import ORIGINAL
 from stages.export.layout import FileLayout
 from stages.group.decision import LayerDecision
 from stages.group.stage import warnings
+from stages.group.task import task_layers
 from stages.transform.stage import file_name
 from stages.unit import Done
 
@@ -66,7 +67,7 @@ def collect(found: Collected) -> dict[str, Any]:
         "format": config.export.format,
         **_sizes(found),
         **_layers(found),
-        "warnings": warnings(layers_of(found.statistics)),
+        "warnings": warnings(task_layers(found.statistics, config.group.task), config.group),
         "tokens": _tokens(found),
         "calibrate": _engines(found),
         "routing": _routing(found.statistics),

@@ -7,13 +7,12 @@ single linear assignment problem, solved exactly.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from models.expert import Expert
 from stages.align.activations import activation_gain, joint_gain
+from stages.align.config import Criterion
 from stages.errors import StatisticsError
 
 
@@ -46,13 +45,18 @@ def assignment(gain: Tensor) -> Tensor:
     return torch.from_numpy(columns).to(dtype=torch.int64, device=gain.device)
 
 
-def align(reference: Expert, target: Expert) -> Expert:
-    """`target` with its neurons in the order that lies nearest to `reference`."""
-    return target.permuted(assignment(matching_gain(reference, target)))
+def align(
+    reference: Expert,
+    target: Expert,
+    by: Criterion = "weights",
+    activations: tuple[Tensor, Tensor] | None = None,
+) -> Expert:
+    """`target` with its neurons in the order that lies nearest to `reference`; see `gain`."""
+    return target.permuted(assignment(gain(by, reference, target, activations)))
 
 
 def gain(
-    by: Literal["weights", "activations", "both"],
+    by: Criterion,
     reference: Expert,
     target: Expert,
     activations: tuple[Tensor, Tensor] | None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from models.moe import MoeCheckpoint
 from stages.calibrate.observer import Sums
 from stages.calibrate.statistics import LayerStatistics
 from stages.group.clusters import squared_distances
-from stages.group.config import AnyMethod
+from stages.group.config import Need
 from stages.group.task import domain_weights
 from stages.subsample.read import SubsampleStatistics
 
@@ -24,37 +24,34 @@ _CHUNK_BYTES = 64 << 20
 
 
 def provide(
-    config: AnyMethod,
+    needs: Collection[Need],
     statistics: Sequence[LayerStatistics],
     moe: MoeCheckpoint,
-    subsample: Mapping[int, SubsampleStatistics] | None = None,
+    subsample: Mapping[int, Sums],
 ) -> list[LayerStatistics]:
-    """The statistics of the layers that are not skipped get what `config.needs` names.
+    """The statistics with what was asked for.
 
     Args:
-        subsample: layer -> what all experts did on sampled tokens; None where nothing was sampled.
+        needs: `config.needs` of the method, and what the merge asks for.
+        subsample: layer -> what all experts did on sampled tokens (`subsample_sums`); a layer that
+            is missing stays without, and the method says so.
     """
-    skipped = config.skipped([each.layer for each in statistics])
-    return [
-        each if each.layer in skipped else _provided(config, each, moe, subsample or {})
-        for each in statistics
-    ]
+    return [_provided(needs, each, moe, subsample.get(each.layer)) for each in statistics]
 
 
 def _provided(
-    config: AnyMethod,
+    needs: Collection[Need],
     statistics: LayerStatistics,
     moe: MoeCheckpoint,
-    subsample: Mapping[int, SubsampleStatistics],
+    subsample: Sums | None,
 ) -> LayerStatistics:
     layer = statistics.layer
-    if "subsample" in config.needs and layer in subsample:
-        found = subsample_sums(subsample[layer], config.task)
-        statistics = replace(statistics, subsample=found)
-    if "router" in config.needs:
+    if "subsample" in needs:
+        statistics = replace(statistics, subsample=subsample)
+    if "router" in needs:
         rows = moe.read_router(layer).double().numpy(force=True)
         statistics = replace(statistics, router=rows)
-    if "weights" in config.needs:
+    if "weights" in needs:
         experts = moe.read_experts(layer, list(range(moe.num_experts)))
         statistics = replace(statistics, weights=input_distances(experts))
     return statistics
