@@ -34,7 +34,8 @@ def agglomerate(distance: Array, count: int, linkage: str) -> Array:
     """[N] labels of exactly `count` clusters from joining the nearest two again and again.
 
     Args:
-        distance: [N, N], symmetric; only differences matter for single and complete linkage.
+        distance: [N, N], symmetric; may be negative, because for these linkages a constant added
+            to all pairs changes nothing.
         linkage: `average`, `single` or `complete`.
     """
     from scipy.cluster.hierarchy import cut_tree
@@ -42,7 +43,8 @@ def agglomerate(distance: Array, count: int, linkage: str) -> Array:
     from scipy.spatial.distance import squareform
 
     condensed = squareform((distance + distance.T) / 2, checks=False)
-    return np.asarray(cut_tree(tree(condensed, linkage), n_clusters=count)[:, 0])
+    joined = tree(condensed - condensed.min(), linkage)
+    return np.asarray(cut_tree(joined, n_clusters=count)[:, 0])
 
 
 def squared_distances(gram: Array) -> Array:

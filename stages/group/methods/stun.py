@@ -19,6 +19,9 @@ from stages.group.decision import LayerDecision, from_labels
 from stages.group.methods.base import Array, evenly, keep_only
 from stages.group.methods.needs import router_of
 
+# Squared distances that differ by less, relative to the largest, are equal but for rounding.
+_SAME = 1e-9
+
 
 def decide(config: Stun, statistics: Sequence[LayerStatistics], total: int) -> list[LayerDecision]:
     """The same number of experts in every layer; see `base.Decide`."""
@@ -28,7 +31,7 @@ def decide(config: Stun, statistics: Sequence[LayerStatistics], total: int) -> l
 def cluster_layer(config: Stun, statistics: LayerStatistics, kept: int) -> LayerDecision:
     """Clusters of one layer, and what becomes of the experts beside their central one."""
     labels = agglomerate(distance(config, statistics), kept, "complete")
-    central = {int(c): _central(router_of(statistics), labels == c) for c in np.unique(labels)}
+    central = {int(c): _central(statistics, np.flatnonzero(labels == c)) for c in np.unique(labels)}
     if config.others == "drop":
         return keep_only(statistics, list(central.values()))
     joined = [central[int(cluster)] for cluster in labels]
@@ -53,8 +56,12 @@ def _over_mean(pairs: Array) -> Array:
     return pairs / mean if mean > 0 else pairs
 
 
-def _central(rows: Array, members: Array) -> int:
-    """The member whose row lies nearest to the members' mean; ties go to the lower id."""
-    ids = np.flatnonzero(members)
-    offsets = rows[ids] - rows[ids].mean(axis=0)
-    return int(ids[np.argmin((offsets**2).sum(axis=1))])
+def _central(statistics: LayerStatistics, members: Array) -> int:
+    """The member whose row lies nearest to the members' mean.
+
+    Two members always lie equally near: the more frequent one is central, then the lower id.
+    """
+    rows = router_of(statistics)[members]
+    offsets = ((rows - rows.mean(axis=0)) ** 2).sum(axis=1)
+    nearest = offsets <= offsets.min() + _SAME * offsets.max()
+    return int(members[np.argmax(np.where(nearest, statistics.frequency[members], -1.0))])
