@@ -10,10 +10,19 @@ import torch
 from stages.calibrate.observer import Routed, add, empty_sums, layer_sums
 from stages.calibrate.statistics import LayerStatistics
 from stages.group.clusters import squared_distances
+from stages.settings import Settings
 from stages.subsample.columns import empty_sums as empty_subsample
 from stages.subsample.pairs import chunk_sums
 
 Array = np.ndarray[Any, Any]
+
+
+def label(value: object) -> str:
+    """A short name of a config for test ids: its method and what is not default."""
+    if not isinstance(value, Settings):
+        return str(value)
+    changed = value.model_dump(exclude_defaults=True).values()
+    return "-".join([str(getattr(value, "method", "")), *map(str, changed)])
 
 
 def observed_layer(

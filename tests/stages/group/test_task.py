@@ -96,7 +96,7 @@ def test_tiny_weights_do_not_empty_a_layer() -> None:
 
 
 def test_a_domain_that_was_not_observed_is_refused() -> None:
-    with pytest.raises(StatisticsError, match="task names latin; .* domains code, german, prose"):
+    with pytest.raises(StatisticsError, match=r"task names latin; .* domains code, german, prose"):
         task_layers(TABLE, {"code": 1, "latin": 1})
 
 

@@ -29,7 +29,7 @@ from stages.group.config import (
 )
 from stages.group.methods import DECIDE
 from stages.group.stage import decide
-from tests.stages.group.observed import observed_layer, random_layer, random_tokens
+from tests.stages.group.observed import label, observed_layer, random_layer, random_tokens
 from tests.tiny import PROPERTY
 
 CONFIGS: list[AnyMethod] = [
@@ -55,11 +55,6 @@ CONFIGS: list[AnyMethod] = [
     Random(),
     Random(others="merge"),
 ]
-
-
-def label(config: AnyMethod) -> str:
-    changed = config.model_dump(exclude_defaults=True).values()
-    return "-".join([config.method, *map(str, changed)])
 
 
 def over(configs: list[AnyMethod]) -> pytest.MarkDecorator:

@@ -30,15 +30,16 @@ from stages.group.methods.hc_smoe import output_distance
 from stages.group.methods.naee import best_subset
 from stages.group.methods.ream import similarity
 from stages.group.methods.scores import saliency
-from tests.stages.group.observed import observed_layer, partition, random_layer, random_tokens
+from tests.stages.group.observed import (
+    label,
+    observed_layer,
+    partition,
+    random_layer,
+    random_tokens,
+)
 from tests.tiny import statistics_of
 
 Array = np.ndarray[Any, Any]
-
-
-def label(config: AnyMethod) -> str:
-    changed = config.model_dump(exclude_defaults=True).values()
-    return "-".join([config.method, *map(str, changed)])
 
 
 @dataclass(frozen=True)
