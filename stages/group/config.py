@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import comb
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from stages.errors import BudgetError
 from stages.settings import Settings
 
 VERSION = 1
@@ -67,6 +69,13 @@ class _Method(Settings):
     def skipped(self, layers: Sequence[int]) -> frozenset[int]:
         """Which of the model's MoE layers keep all their experts."""
         return frozenset(self.skip_layers)
+
+    def check(self, experts: int, kept: int) -> None:
+        """Refuses a layer of `experts` that is to keep `kept`, where that cannot be done.
+
+        Raises:
+            BudgetError: with both numbers.
+        """
 
 
 class _Pruning(_Method):
@@ -147,6 +156,14 @@ class Ream(_Method):
     # Members of a group with its centre. None: E / K rounded up, at least 2.
     group_size: int | None = Field(default=None, ge=1)
 
+    def check(self, experts: int, kept: int) -> None:
+        """Groups must hold all experts."""
+        if self.group_size is not None and kept * self.group_size < experts:
+            raise BudgetError(
+                f"{kept} groups of {self.group_size} cannot hold {experts} experts",
+                f"set group.group_size to {-(-experts // kept)} or more, or raise the budget",
+            )
+
 
 class MergeMoe(_Method):
     """MergeMoE's groups (arXiv 2510.14436). Use when: experts' input matrices are near copies."""
@@ -205,6 +222,15 @@ class Naee(_Pruning):
     needs = ("subsample",)
     # More subsets than this are refused; 16 choose 8 is 12,870.
     max_subsets: int = Field(default=20_000, ge=1)
+
+    def check(self, experts: int, kept: int) -> None:
+        """All subsets must be tried."""
+        if (subsets := comb(experts, kept)) > self.max_subsets:
+            raise BudgetError(
+                f"{kept} of {experts} experts can be chosen in {subsets:,} ways, more than"
+                f" group.max_subsets={self.max_subsets:,}",
+                "use another method for this many experts, or raise group.max_subsets",
+            )
 
 
 class Random(_Method):

@@ -10,12 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import combinations
-from math import comb
 
 import numpy as np
 
 from stages.calibrate.statistics import LayerStatistics
-from stages.errors import BudgetError
 from stages.group.config import Naee
 from stages.group.decision import LayerDecision
 from stages.group.methods.base import Array, evenly, keep_only
@@ -41,12 +39,7 @@ def best_subset(config: Naee, statistics: LayerStatistics, kept: int) -> list[in
         BudgetError: there are too many subsets to try.
     """
     count = statistics.num_experts
-    if (subsets := comb(count, kept)) > config.max_subsets:
-        raise BudgetError(
-            f"layer {statistics.layer}: {kept} of {count} experts can be chosen in {subsets:,}"
-            f" ways, more than group.max_subsets={config.max_subsets:,}",
-            "use another method for this many experts, or raise group.max_subsets",
-        )
+    config.check(count, kept)
     cost = replacement_cost(statistics)
     chosen = np.array(list(combinations(range(count), kept)))  # [S, K]
     size = max(1, _CHUNK // (count * kept))

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from stages.calibrate.statistics import LayerStatistics
-from stages.errors import BudgetError
 from stages.group.budget import by_rank
 from stages.group.config import Ream
 from stages.group.decision import LayerDecision, from_labels
@@ -35,11 +34,7 @@ def absorb(config: Ream, statistics: LayerStatistics, kept: int) -> LayerDecisio
     """
     count, score, near = statistics.num_experts, saliency(statistics), similarity(statistics)
     size = config.group_size or max(2, -(-count // kept))
-    if kept * size < count:
-        raise BudgetError(
-            f"{kept} groups of {size} cannot hold the {count} experts of layer {statistics.layer}",
-            f"set group.group_size to {-(-count // kept)} or more, or raise the budget",
-        )
+    config.check(count, kept)
     centres = by_rank(score)[:kept].tolist()
     free = sorted(set(range(count)) - set(centres))
     labels: list[int | None] = list(range(count))

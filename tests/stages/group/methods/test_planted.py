@@ -228,7 +228,7 @@ def test_ream_lets_the_most_salient_centres_fill_up_first() -> None:
 
 
 def test_ream_refuses_groups_that_cannot_hold_all_experts() -> None:
-    with pytest.raises(BudgetError, match="3 groups of 2 cannot hold the 9 experts"):
+    with pytest.raises(BudgetError, match="3 groups of 2 cannot hold 9 experts"):
         DECIDE["ream"](Ream(group_size=2), [random_layer(9, 0)], 3)
 
 
