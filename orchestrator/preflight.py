@@ -20,6 +20,7 @@ from orchestrator import run_folder, samples
 from orchestrator.compatibility import check_same_tokenizer, check_seq2seq, check_tokenizer
 from orchestrator.config import ModelConfig, RunConfig
 from orchestrator.errors import ConfigError
+from orchestrator.needs import check_needs
 from orchestrator.run_folder import MAIN, RunFolder
 from stages.calibrate.statistics import layers_of, metadata_of, read_statistics
 from stages.corpus.config import CorpusConfig
@@ -80,6 +81,7 @@ def prepare(config: RunConfig) -> Prepared:
     if config.calibrate.statistics is not None:
         check_statistics(config.calibrate.statistics, moe, model, tokenizer)
         samples.layer_inputs(folder, config.calibrate, moe)
+    check_needs(config, folder, moe, calibration_domains)
     found = _variants(config, moe)
     for variant in found:
         expected_decisions(variant, moe)
@@ -95,8 +97,8 @@ def prepare(config: RunConfig) -> Prepared:
         tokenizer=tokenizer.absolute(),
         variants=found,
         resumes=resumes,
-        calibration_domains=calibration_domains,
-        evaluation_domains=evaluation_domains,
+        calibration_domains=len(calibration_domains),
+        evaluation_domains=len(evaluation_domains),
         notes=_notes(moe, copied),
     )
     # What is written depends on the engine, which is chosen for a prepared run.
@@ -191,27 +193,26 @@ def expected_decisions(variant: Variant, moe: MoeCheckpoint) -> list[LayerDecisi
             f" {moe.layers[0]} to {moe.layers[-1]}",
             "correct `group.skip_layers`",
         )
-    merged = [layer for layer in moe.layers if layer not in method.skip_layers]
+    skipped = method.skipped(moe.layers)
+    merged = [layer for layer in moe.layers if layer not in skipped]
     if not merged:
         return placeholder(moe, dict.fromkeys(moe.layers, moe.num_experts))
     total = total_experts(method.budget, len(merged), moe.num_experts, sizes(moe, variant.export))
-    if _is_global(method) and variant.export.format == "native":
+    if method.uneven and variant.export.format == "native":
         raise BudgetError(
             "group.scope=global gives every layer its own number of experts, which the native"
             " format cannot hold",
             "use group.scope=uniform, or export.format=mapped",
         )
     kept = _spread_evenly(method, merged, total, moe.num_experts)
-    kept |= dict.fromkeys(method.skip_layers, moe.num_experts)
+    for count in kept.values():
+        method.check(moe.num_experts, count)
+    kept |= dict.fromkeys(skipped, moe.num_experts)
     decisions = placeholder(moe, kept)
-    if isinstance(method, Frequency | Reap):
+    if method.prunes:
         decisions = [_pruned(decision) for decision in decisions]
     form.check(moe, decisions)
     return decisions
-
-
-def _is_global(method: AnyMethod) -> bool:
-    return isinstance(method, McSmoe) and method.scope == "global"
 
 
 def _spread_evenly(
@@ -242,7 +243,7 @@ def in_experts(variant: Variant, moe: MoeCheckpoint) -> Variant:
         BudgetError: the smallest possible output is larger.
     """
     method, target = variant.method, variant.method.budget.target_bytes
-    merged = len(set(moe.layers) - set(method.skip_layers))
+    merged = len(set(moe.layers) - method.skipped(moe.layers))
     if target is None:
         return variant
 
@@ -252,7 +253,7 @@ def in_experts(variant: Variant, moe: MoeCheckpoint) -> Variant:
 
     def size(total: int) -> int:
         layouts = expected_layouts(with_experts(total), moe)
-        if not _is_global(method):
+        if not method.uneven:
             return sum(layout.file_bytes for layout in layouts)
         # How a global budget falls on the layers moves a few digits of the headers: full ones
         # are an upper bound.
@@ -261,7 +262,7 @@ def in_experts(variant: Variant, moe: MoeCheckpoint) -> Variant:
     full = expected_layouts(with_experts(merged * moe.num_experts), moe)
     headers = sum(layout.file_bytes - layout.tensor_bytes for layout in full)
     fewest = moe.native_count(1) if variant.export.format == "native" else 1
-    step = 1 if _is_global(method) else max(merged, 1) * router_groups(moe, variant.export)
+    step = 1 if method.uneven else max(merged, 1) * router_groups(moe, variant.export)
     counts = range(fewest * merged, merged * moe.num_experts + 1, step)
     fitting = bisect_right(counts, target, key=size)
     if not fitting:
@@ -325,13 +326,13 @@ def _baseline_experts(main: Variant, moe: MoeCheckpoint) -> int:
     return moe.native_count(-(-total // len(decisions)))
 
 
-def _check_text(data: CorpusConfig | None, moe: MoeCheckpoint) -> int:
-    """Number of domains of a corpus whose text was found in order; 0 when there is none."""
+def _check_text(data: CorpusConfig | None, moe: MoeCheckpoint) -> set[str]:
+    """The domains of a corpus whose text was found in order; none when there is no corpus."""
     if data is None:
-        return 0
+        return set()
     domains = {domain for source in data.sources for domain in check_source(source)}
     _check_length(data, moe)
-    return len(domains)
+    return domains
 
 
 def _check_length(data: CorpusConfig, moe: MoeCheckpoint) -> None:

@@ -18,12 +18,14 @@ from orchestrator import engine, estimate, pipeline, run_folder, samples, shared
 from orchestrator.events import EventLog, Listener
 from orchestrator.interrupt import heeding_signals
 from orchestrator.lock import exclusive
+from orchestrator.needs import attached
 from orchestrator.preflight import Prepared, Variant
 from orchestrator.report.card import render_card
 from orchestrator.report.collect import Collected, collect
 from orchestrator.report.write import write_report
 from orchestrator.run_folder import MAIN, RunFolder
 from orchestrator.scheduler import Scheduler, open_executor
+from stages.align.reference import with_references
 from stages.calibrate import coverage
 from stages.calibrate import stage as calibrate
 from stages.calibrate.statistics import LayerStatistics, layers_of, read_statistics
@@ -37,7 +39,10 @@ from stages.export.formats import FORMATS
 from stages.export.layout import FileLayout, file_layouts, router_groups, sizes
 from stages.group import stage as group
 from stages.group.decision import LayerDecision, to_table
+from stages.group.super_experts import protected_lines
+from stages.group.task import task_layers
 from stages.inputs import stage as inputs
+from stages.merge.weights import with_weights
 from stages.subsample import stage as subsample
 from stages.transform import stage as transform
 from stages.unit import beside, read_marker
@@ -174,9 +179,10 @@ def _decide(
     prepared: Prepared, scheduler: Scheduler, table: pa.Table, events: EventLog
 ) -> list[Decided]:
     """Decisions of the main variant and the baselines, from the same statistics."""
-    statistics = layers_of(table)
+    method = prepared.config.group
+    statistics = task_layers(table, method.task)
     scarce = coverage.warnings(statistics, prepared.config.calibrate.min_tokens_per_expert)
-    for message in (*prepared.notes, *scarce):
+    for message in (*prepared.notes, *scarce, *protected_lines(statistics, method)):
         events.emit("warning", message=message)
     with scheduler.here("group"):
         return [_decide_one(prepared, variant, statistics) for variant in prepared.variants]
@@ -185,9 +191,12 @@ def _decide(
 def _decide_one(
     prepared: Prepared, variant: Variant, statistics: Sequence[LayerStatistics]
 ) -> Decided:
-    moe, export_config = prepared.moe, variant.export
-    groups = router_groups(moe, export_config)
-    decisions = group.decide(variant.method, statistics, sizes(moe, export_config), groups)
+    config, moe = prepared.config, prepared.moe
+    statistics = attached(config, variant.method, statistics, prepared.folder, moe)
+    groups = router_groups(moe, variant.export)
+    decisions = group.decide(variant.method, statistics, sizes(moe, variant.export), groups)
+    decisions = with_references(decisions, statistics, config.align)
+    decisions = with_weights(decisions, statistics, config.merge)
     FORMATS[variant.export.format].check(prepared.moe, decisions)
     metadata = {
         "method": variant.method.model_dump_json(),

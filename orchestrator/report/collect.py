@@ -13,11 +13,13 @@ import pyarrow as pa
 from orchestrator.preflight import Prepared
 from orchestrator.run_folder import MAIN, versions
 from stages.calibrate import coverage
-from stages.calibrate.statistics import domain_sums, layers_of
+from stages.calibrate.statistics import domain_sums
 from stages.corpus.stage import count_tokens
 from stages.evaluate.stage import ORIGINAL
 from stages.export.layout import FileLayout
 from stages.group.decision import LayerDecision
+from stages.group.super_experts import protected_lines
+from stages.group.task import task_layers
 from stages.transform.stage import file_name
 from stages.unit import Done
 
@@ -66,10 +68,7 @@ def collect(found: Collected) -> dict[str, Any]:
         "format": config.export.format,
         **_sizes(found),
         **_layers(found),
-        "warnings": [
-            *found.prepared.notes,
-            *coverage.warnings(layers_of(found.statistics), config.calibrate.min_tokens_per_expert),
-        ],
+        "warnings": _warnings(found),
         "tokens": _tokens(found),
         "calibrate": _engines(found),
         "routing": _routing(found.statistics),
@@ -129,6 +128,16 @@ def _tokens(found: Collected) -> dict[str, int]:
     if found.prepared.config.evaluate is not None:
         counts["evaluation"] = count_tokens(found.prepared.folder.evaluation_tokens)
     return counts
+
+
+def _warnings(found: Collected) -> list[str]:
+    config = found.prepared.config
+    layers = task_layers(found.statistics, config.group.task)
+    return [
+        *found.prepared.notes,
+        *coverage.warnings(layers, config.calibrate.min_tokens_per_expert),
+        *protected_lines(layers, config.group),
+    ]
 
 
 def _engines(found: Collected) -> dict[str, dict[str, int]]:

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 from models.expert import Expert
+from stages.align.activations import activation_gain, joint_gain
+from stages.align.config import Criterion
+from stages.errors import StatisticsError
 
 
 def matching_gain(reference: Expert, target: Expert) -> Tensor:
@@ -42,9 +45,41 @@ def assignment(gain: Tensor) -> Tensor:
     return torch.from_numpy(columns).to(dtype=torch.int64, device=gain.device)
 
 
-def align(reference: Expert, target: Expert) -> Expert:
-    """`target` with its neurons in the order that lies nearest to `reference`."""
-    return target.permuted(assignment(matching_gain(reference, target)))
+def align(
+    reference: Expert,
+    target: Expert,
+    by: Criterion = "weights",
+    activations: tuple[Tensor, Tensor] | None = None,
+) -> Expert:
+    """`target` with its neurons in the order that lies nearest to `reference`; see `gain`."""
+    return target.permuted(assignment(gain(by, reference, target, activations)))
+
+
+def gain(
+    by: Criterion,
+    reference: Expert,
+    target: Expert,
+    activations: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """[I, I] gain by the criterion of the config.
+
+    Args:
+        activations: [N, I] of the reference and of the target on the same tokens; not read by
+            `weights`.
+
+    Raises:
+        StatisticsError: the criterion needs activations and there are none.
+    """
+    if by == "weights":
+        return matching_gain(reference, target)
+    if activations is None:
+        raise StatisticsError(
+            f"align.by={by} needs what neurons do on sampled tokens, and none were taken",
+            "set calibrate.sample.tokens (4096), or align.by=weights",
+        )
+    if by == "activations":
+        return activation_gain(*activations)
+    return joint_gain(reference, target, *activations)
 
 
 def squared_distance(a: Expert, b: Expert) -> float:

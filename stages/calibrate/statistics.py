@@ -33,10 +33,21 @@ _MAXIMA = ("max_abs",)
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """Statistics of one layer, summed over domains; arrays as in `observer.empty_sums`."""
+    """Statistics of one layer, summed over domains; arrays as in `observer.empty_sums`.
+
+    What only some deciding methods need is None until `stages.group.provide` attaches it.
+    """
 
     layer: int
     sums: Sums
+    # What all experts did on the sampled tokens: arrays as in `stages.subsample.columns`.
+    subsample: Sums | None = None
+    # [E, H] router rows.
+    router: np.ndarray[Any, Any] | None = None
+    # [E, E] squared distances of the experts' input matrices, gate and up.
+    weights: np.ndarray[Any, Any] | None = None
+    # Experts that must stay as they are.
+    protected: tuple[int, ...] = ()
 
     @property
     def num_experts(self) -> int:

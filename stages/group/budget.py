@@ -89,6 +89,27 @@ def adaptive(total: int, frequency: Mapping[int, Array], minimum: int) -> dict[i
     return kept
 
 
+def thresholded(total: int, frequency: Mapping[int, Array]) -> dict[int, int]:
+    """The adaptive number as the code of the MC-SMoE paper counts it, which may keep fewer.
+
+    The most frequent expert of every layer counts as 1; dominant is what exceeds the value behind
+    the first `total` of all layers. With ties at that value all of them are lost: two layers with
+    equal frequencies keep one expert each, whatever the budget.
+
+    Args:
+        total: as in `adaptive`; at least one per layer.
+        frequency: layer -> [E] row-normalised frequency.
+    """
+    counted = {layer: values.copy() for layer, values in frequency.items()}
+    for values in counted.values():
+        values[np.argmax(values)] = 1.0
+    ranked = np.sort(np.concatenate(list(counted.values())))[::-1]
+    # Nothing lies behind the last: the whole model stays. (The paper's code loses an expert.)
+    bound = ranked[total] if total < len(ranked) else -1.0
+    # An expert that is all of its layer has frequency 1 in earnest; every layer keeps one.
+    return {layer: max(int((values > bound).sum()), 1) for layer, values in counted.items()}
+
+
 def by_rank(values: Array) -> Array:
     """Ids from the highest value to the lowest; equal values in the order of their ids."""
     return np.argsort(-values, kind="stable")

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping, Sequence
+from math import comb
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from stages.errors import BudgetError
 from stages.settings import Settings
 
 VERSION = 1
+
+Need = Literal["subsample", "router", "weights"]
 
 
 class Budget(Settings):
@@ -33,33 +38,239 @@ class Budget(Settings):
 
 
 class _Method(Settings):
+    # Beyond routing sums: "subsample" (all experts on sampled tokens), "router" rows, "weights".
+    needs: ClassVar[tuple[Need, ...]] = ()
+
     budget: Budget = Budget(keep_ratio=0.5)
     # Layers that keep all their experts.
     skip_layers: tuple[int, ...] = ()
+    # Experts with massive activations (arXiv 2507.23279) stay as they are, within the budget.
+    protect_super_experts: bool = False
+    # Weights of domains; those not named count nothing. None: the calibration text as it is.
+    task: dict[str, Annotated[float, Field(ge=0)]] | None = None
+
+    @field_validator("task")
+    @classmethod
+    def _some_weight(cls, value: dict[str, float] | None) -> dict[str, float] | None:
+        if value is not None and not any(value.values()):
+            raise ValueError("task names no domain with a weight above 0")
+        return value
+
+    @property
+    def prunes(self) -> bool:
+        """Whether experts are dropped, not merged."""
+        return False
+
+    @property
+    def uneven(self) -> bool:
+        """Whether layers may keep different numbers of experts."""
+        return False
+
+    def skipped(self, layers: Sequence[int]) -> frozenset[int]:
+        """Which of the model's MoE layers keep all their experts."""
+        return frozenset(self.skip_layers)
+
+    def check(self, experts: int, kept: int) -> None:
+        """Refuses a layer of `experts` that is to keep `kept`, where that cannot be done.
+
+        Raises:
+            BudgetError: with both numbers.
+        """
+
+
+class _Pruning(_Method):
+    @property
+    def prunes(self) -> bool:
+        return True
 
 
 class McSmoe(_Method):
     """MC-SMoE (arXiv 2310.01334). Use when: the paper's method, or experts that are redundant."""
 
     method: Literal["mc_smoe"] = "mc_smoe"
+    # safe: the budget is exact. paper: global scope with the published threshold, which keeps
+    # fewer experts than asked for where frequencies are tied.
+    preset: Literal["safe", "paper"] = "safe"
     # global: the paper's adaptive number per layer. uniform: the same number everywhere, safer on
     # balanced models, and the only one that the native format can hold.
     scope: Literal["global", "uniform"] = "uniform"
     min_per_layer: int = Field(default=1, ge=1)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _paper_is_global(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("preset") == "paper":
+            return {"scope": "global"} | dict(values)
+        return values
 
-class Frequency(_Method):
+    @model_validator(mode="after")
+    def _paper_as_printed(self) -> McSmoe:
+        if self.preset == "paper" and (self.scope != "global" or self.min_per_layer != 1):
+            raise ValueError("preset=paper has scope=global and min_per_layer=1")
+        return self
+
+    @property
+    def uneven(self) -> bool:
+        return self.scope == "global"
+
+
+class Uncurl(_Method):
+    """UNCURL (arXiv 2409.01483). Use when: one task, recovery training follows, equal layers."""
+
+    method: Literal["uncurl"] = "uncurl"
+    # spectral: the method. frequency_merge, frequency_prune: the paper's baselines.
+    grouping: Literal["spectral", "frequency_merge", "frequency_prune"] = "spectral"
+    # token: logits minus their mean over the experts of a token, which no softmax can see.
+    center_logits: Literal["none", "token"] = "none"
+    # As in the spectral clustering that the paper cites; the paper does not say.
+    zero_diagonal: bool = True
+    # The first MoE layer: as the others, by frequency_merge, or left as it is.
+    first_layer: Literal["cluster", "frequency", "skip"] = "cluster"
+    seed: int = Field(default=0, ge=0)
+    # Restarts of k-means.
+    n_init: int = Field(default=10, ge=1)
+
+    @property
+    def prunes(self) -> bool:
+        return self.grouping == "frequency_prune"
+
+    def skipped(self, layers: Sequence[int]) -> frozenset[int]:
+        """`skip_layers`, and the first layer if it is to be skipped."""
+        first = {min(layers)} if self.first_layer == "skip" and layers else set()
+        return frozenset(self.skip_layers) | first
+
+
+class HcSmoe(_Method):
+    """HC-SMoE (arXiv 2410.08589). Use when: merging, and calibration text may not fit the use."""
+
+    method: Literal["hc_smoe"] = "hc_smoe"
+    needs = ("subsample",)
+    linkage: Literal["average", "single", "complete"] = "average"
+
+
+class Ream(_Method):
+    """REAM (arXiv 2604.04356). Use when: many experts, a quarter goes, generation matters."""
+
+    method: Literal["ream"] = "ream"
+    needs = ("subsample",)
+    # Members of a group with its centre. None: E / K rounded up, at least 2.
+    group_size: int | None = Field(default=None, ge=1)
+
+    def check(self, experts: int, kept: int) -> None:
+        """Groups must hold all experts."""
+        if self.group_size is not None and kept * self.group_size < experts:
+            raise BudgetError(
+                f"{kept} groups of {self.group_size} cannot hold {experts} experts",
+                f"set group.group_size to {-(-experts // kept)} or more, or raise the budget",
+            )
+
+
+class MergeMoe(_Method):
+    """MergeMoE's groups (arXiv 2510.14436). Use when: experts' input matrices are near copies."""
+
+    method: Literal["merge_moe"] = "merge_moe"
+    needs = ("weights",)
+
+
+class Frequency(_Pruning):
     """Keeps the most used experts, drops the others. Use when: a baseline is wanted."""
 
     method: Literal["frequency"] = "frequency"
 
 
-class Reap(_Method):
+class Reap(_Pruning):
     """REAP (arXiv 2510.13999): drops the least mean g|f|. Use when: one-shot, no recovery."""
 
     method: Literal["reap"] = "reap"
 
 
-GroupConfig = Annotated[McSmoe | Frequency | Reap, Field(discriminator="method")]
-AnyMethod = McSmoe | Frequency | Reap
-METHODS: dict[str, type[AnyMethod]] = {"mc_smoe": McSmoe, "frequency": Frequency, "reap": Reap}
+class Ean(_Pruning):
+    """Expert activation norm, sum of |f| (in arXiv 2510.13999). Use when: gates mislead."""
+
+    method: Literal["ean"] = "ean"
+    # Divide by the tokens of the expert.
+    mean: bool = False
+
+
+class Msan(_Pruning):
+    """Mean squared activation norm (arXiv 2606.15716). Use when: no task, routing is balanced."""
+
+    method: Literal["msan"] = "msan"
+    # False: the mean of |f| (MAN), not of its square.
+    squared: bool = True
+
+
+class Stun(_Method):
+    """STUN's expert step (arXiv 2409.06211). Use when: routers are all there is to go by."""
+
+    method: Literal["stun"] = "stun"
+    needs = ("router",)
+    # What co-activation weighs against the distance of router rows; both have mean 1.
+    coactivation: float = Field(default=1.0, ge=0)
+    # What becomes of the experts beside the one nearest to the centre of their cluster.
+    others: Literal["drop", "merge"] = "drop"
+
+    @property
+    def prunes(self) -> bool:
+        return self.others == "drop"
+
+
+class Naee(_Pruning):
+    """NAEE (arXiv 2402.14800), every subset tried. Use when: few experts per layer (Mixtral)."""
+
+    method: Literal["naee"] = "naee"
+    needs = ("subsample",)
+    # More subsets than this are refused; 16 choose 8 is 12,870.
+    max_subsets: int = Field(default=20_000, ge=1)
+
+    def check(self, experts: int, kept: int) -> None:
+        """All subsets must be tried."""
+        if (subsets := comb(experts, kept)) > self.max_subsets:
+            raise BudgetError(
+                f"{kept} of {experts} experts can be chosen in {subsets:,} ways, more than"
+                f" group.max_subsets={self.max_subsets:,}",
+                "use another method for this many experts, or raise group.max_subsets",
+            )
+
+
+class Random(_Method):
+    """Chance, by a seed. Use when: a method has to show that it finds anything."""
+
+    method: Literal["random"] = "random"
+    seed: int = Field(default=0, ge=0)
+    others: Literal["drop", "merge"] = "drop"
+
+    @property
+    def prunes(self) -> bool:
+        return self.others == "drop"
+
+
+AnyMethod = (
+    McSmoe
+    | Uncurl
+    | HcSmoe
+    | Ream
+    | MergeMoe
+    | Frequency
+    | Reap
+    | Ean
+    | Msan
+    | Stun
+    | Naee
+    | Random
+)
+GroupConfig = Annotated[AnyMethod, Field(discriminator="method")]
+METHODS: dict[str, type[AnyMethod]] = {
+    "mc_smoe": McSmoe,
+    "uncurl": Uncurl,
+    "hc_smoe": HcSmoe,
+    "ream": Ream,
+    "merge_moe": MergeMoe,
+    "frequency": Frequency,
+    "reap": Reap,
+    "ean": Ean,
+    "msan": Msan,
+    "stun": Stun,
+    "naee": Naee,
+    "random": Random,
+}

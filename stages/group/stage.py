@@ -12,6 +12,7 @@ from stages.group.decision import LayerDecision
 from stages.group.methods import DECIDE
 from stages.group.methods.base import keep_all
 from stages.group.router_groups import join, split
+from stages.group.super_experts import protect, super_experts
 
 
 def decide(
@@ -32,7 +33,9 @@ def decide(
     for each in statistics:
         if each.tokens == 0:
             raise StatisticsError(f"layer {each.layer} saw no token", "calibrate on more text")
-    skipped = set(config.skip_layers)
+    skipped = config.skipped([each.layer for each in statistics])
+    if config.protect_super_experts:
+        statistics = protect(statistics, super_experts(statistics))
     merged = [each for each in statistics if each.layer not in skipped]
     found = [keep_all(each) for each in statistics if each.layer in skipped]
     if merged:

@@ -6,10 +6,13 @@ from typing import Literal
 
 from stages.settings import Settings
 
-VERSION = 1
+VERSION = 2
 
 
 class MergeConfig(Settings):
-    """How the members of a group are weighted: by activation frequency (the paper), or equally."""
+    """How the members of a group are weighted."""
 
-    weights: Literal["frequency", "uniform"] = "frequency"
+    # method: as the deciding method says (frequency; saliency for ream). frequency: share of the
+    # layer's selections. saliency: REAP's mean g|f|. alpha: what costs least on the sampled
+    # tokens, exactly for pairs (needs calibrate.sample).
+    weights: Literal["method", "frequency", "saliency", "uniform", "alpha"] = "method"

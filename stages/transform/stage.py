@@ -145,7 +145,7 @@ def merge_groups(
                 continue
             before += squared_distance(reference, experts[expert])
             if align_config.enabled:
-                experts[expert] = align(reference, experts[expert])
+                experts[expert] = align(reference, experts[expert], align_config.by)
             after += squared_distance(reference, experts[expert])
         uniform = config.weights == "uniform"
         weights = [1.0 if uniform else decision.weight[expert] for expert in members]

@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
-from stages.group.methods import frequency, mc_smoe, reap
+from stages.group.methods import (
+    ean,
+    frequency,
+    hc_smoe,
+    mc_smoe,
+    merge_moe,
+    msan,
+    naee,
+    random,
+    ream,
+    reap,
+    stun,
+    uncurl,
+)
 from stages.group.methods.base import Decide
 
 DECIDE: dict[str, Decide] = {
     "mc_smoe": mc_smoe.decide,
+    "uncurl": uncurl.decide,
+    "hc_smoe": hc_smoe.decide,
+    "ream": ream.decide,
+    "merge_moe": merge_moe.decide,
     "frequency": frequency.decide,
     "reap": reap.decide,
+    "ean": ean.decide,
+    "msan": msan.decide,
+    "stun": stun.decide,
+    "naee": naee.decide,
+    "random": random.decide,
 }

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from stages.calibrate.statistics import LayerStatistics
-from stages.group.budget import uniform
 from stages.group.config import Frequency
 from stages.group.decision import LayerDecision
-from stages.group.methods.base import keep_best
+from stages.group.methods.base import evenly, keep_best
 
 
 def decide(
     config: Frequency, statistics: Sequence[LayerStatistics], total: int
 ) -> list[LayerDecision]:
     """The same number of experts in every layer; see `base.Decide`."""
-    kept = uniform(total, [each.layer for each in statistics], statistics[0].num_experts)
-    return [keep_best(each, each.frequency, kept[each.layer]) for each in statistics]
+    return evenly(statistics, total, lambda each, kept: keep_best(each, each.frequency, kept))

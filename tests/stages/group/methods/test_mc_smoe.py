@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from stages.calibrate.statistics import LayerStatistics
 from stages.group.budget import by_rank
@@ -179,3 +180,49 @@ def test_layers_with_different_token_counts_are_compared_by_share() -> None:
     found = decide(McSmoe(scope="global"), [short, long], 4)
 
     assert [len(each.representatives) for each in found] == [2, 2]
+
+
+def test_the_paper_preset_is_global_and_loses_ties_as_the_papers_code_does() -> None:
+    """Its printed budget: what exceeds the value behind the first `total`, the best counting 1."""
+    flat = [statistics_of(layer, [25, 25, 25, 25]) for layer in range(2)]
+
+    paper, safe = (
+        decide(McSmoe(preset=preset, scope="global"), flat, 4) for preset in ("paper", "safe")
+    )
+
+    assert [len(each.representatives) for each in paper] == [1, 1]
+    assert [len(each.representatives) for each in safe] == [3, 1]
+
+
+def test_a_flat_layer_collapses_beside_a_skewed_one_under_the_paper_preset() -> None:
+    layers = [statistics_of(0, [25] * 8), statistics_of(1, [90, 40, 30, 28, 6, 3, 2, 1])]
+
+    found = decide(McSmoe(preset="paper"), layers, 8)
+
+    # Shares: eight of 1/8, and .45 .2 .15 .14 .03 ...; the value behind the first 8 is 1/8.
+    assert [len(each.representatives) for each in found] == [1, 4]
+
+
+@PROPERTY
+@given(seed=st.integers(0, 999), data=st.data())
+def test_without_ties_both_presets_agree(seed: int, data: st.DataObject) -> None:
+    layers = [statistics_of(layer, counts_of(6, seed + layer)) for layer in range(3)]
+    everything = np.concatenate([each.frequency for each in layers])
+    total = data.draw(st.integers(3, 18))
+    assume(len(set(everything.tolist())) == 18)
+
+    paper, safe = (
+        decide(McSmoe(preset=preset, scope="global"), layers, total) for preset in ("paper", "safe")
+    )
+
+    assert paper == safe
+
+
+def test_the_paper_preset_survives_being_written_down_and_refuses_other_scopes() -> None:
+    preset = McSmoe(preset="paper")
+
+    assert McSmoe.model_validate(preset.model_dump()) == preset
+    assert preset.uneven
+    for changed in ({"scope": "uniform"}, {"min_per_layer": 2}):
+        with pytest.raises(ValidationError, match="preset=paper has scope=global"):
+            McSmoe.model_validate({"preset": "paper", **changed})

@@ -1,0 +1,1 @@
+"""Narrower experts: which neurons stay, and what their down projections become."""
