@@ -32,7 +32,7 @@ from stages.evaluate import stage as evaluate
 from stages.evaluate.stage import ORIGINAL
 from stages.export import stage as export
 from stages.export.formats import FORMATS
-from stages.export.layout import FileLayout, file_layouts, sizes
+from stages.export.layout import FileLayout, file_layouts, router_groups, sizes
 from stages.group import stage as group
 from stages.group.decision import LayerDecision, to_table
 from stages.transform import stage as transform
@@ -164,7 +164,9 @@ def _decide(
 def _decide_one(
     prepared: Prepared, variant: Variant, statistics: Sequence[LayerStatistics]
 ) -> Decided:
-    decisions = group.decide(variant.method, statistics, sizes(prepared.moe, variant.export))
+    moe, export_config = prepared.moe, variant.export
+    groups = router_groups(moe, export_config)
+    decisions = group.decide(variant.method, statistics, sizes(moe, export_config), groups)
     FORMATS[variant.export.format].check(prepared.moe, decisions)
     metadata = {
         "method": variant.method.model_dump_json(),

@@ -118,8 +118,8 @@ def run_one(unit: TransformUnit) -> dict[str, Any]:
     result: dict[str, Any] = {"tensors": len(tensors)}
     if unit.decision is not None:
         merged, distances = merge_groups(unit.moe, unit.decision, unit.align, unit.merge)
-        router = unit.moe.read_router(unit.decision.layer)
-        tensors |= form.layer_tensors(unit.moe, unit.decision, merged, router, unit.export)
+        routers = unit.moe.checkpoint.read(unit.moe.router_names(unit.decision.layer))
+        tensors |= form.layer_tensors(unit.moe, unit.decision, merged, routers, unit.export)
         result |= {"experts": len(merged)} | distances
     _refuse_non_finite(unit, tensors)
     with staged(unit.output) as path:

@@ -30,7 +30,7 @@ class Expanded:
         moe: MoeCheckpoint,
         decision: LayerDecision,
         merged: Sequence[Expert],
-        router: Tensor,
+        routers: Mapping[str, Tensor],
         config: ExportConfig,
     ) -> dict[str, Tensor]:
         """E experts, members of a group alike, and the router untouched."""
@@ -38,7 +38,7 @@ class Expanded:
         # safetensors stores no aliases: every slot needs memory of its own.
         copies = [expert.map(Tensor.clone) for expert in slots]
         return {
-            moe.family.router_name(decision.layer): router,
+            **routers,
             **named_experts(moe, decision.layer, copies),
         }
 
