@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from stages.corpus.config import CorpusConfig
 from stages.settings import Settings
@@ -13,6 +13,16 @@ from stages.settings import Settings
 VERSION = 1
 
 Engine = Literal["resident", "streaming"]
+
+
+class SampleConfig(Settings):
+    """Tokens whose input to every MoE layer is kept, the same ones in all layers."""
+
+    # 0: nothing is kept. Each layer's file takes 2 H bytes per token and more (bfloat16).
+    tokens: int = Field(default=4096, ge=0)
+    seed: int = 0
+    # Evaluate all experts on these tokens: output and pair sums, neuron energies (subsample).
+    statistics: bool = True
 
 
 class CalibrateConfig(Settings):
@@ -29,5 +39,12 @@ class CalibrateConfig(Settings):
     # Memory of one worker that `auto` fits the model into. None: free memory of the host that
     # starts the run / workers, or the memory of one of its GPUs.
     memory_bytes: int | None = Field(default=None, gt=0)
+    # null and tokens=0: off.
+    sample: SampleConfig = SampleConfig()
     # Decide again on what another run observed: its statistics.arrow. `data` is then not read.
     statistics: Path | None = None
+
+    @field_validator("sample", mode="before")
+    @classmethod
+    def _null_is_off(cls, value: Any) -> Any:
+        return {"tokens": 0} if value is None else value

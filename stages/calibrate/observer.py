@@ -31,6 +31,7 @@ class Routed:
     ids: Tensor  # [T, k] selected experts
     gates: Tensor  # [T, k] the weights that the model multiplied with
     outputs: Tensor  # [T, k, H] expert outputs before weighting
+    inputs: Tensor  # [T, H] what router and experts see
 
 
 def empty_sums(num_experts: int) -> Sums:
@@ -142,7 +143,9 @@ def _watch(block: nn.Module, layer: int, keep: Tensor, seen: dict[int, Routed]) 
             torch.ones_like(gates).reshape(-1, 1),
         )
         outputs = pairs.view(*ids.shape, -1)  # [T, k, H]
-        seen[layer] = Routed(logits.pop()[keep], ids[keep], gates[keep], outputs[keep])
+        seen[layer] = Routed(
+            logits.pop()[keep], ids[keep], gates[keep], outputs[keep], hidden[keep]
+        )
         combined: Tensor = (outputs * gates.unsqueeze(-1)).sum(dim=1)
         return combined.to(hidden.dtype)
 

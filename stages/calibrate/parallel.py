@@ -16,13 +16,17 @@ import torch
 from torch import Tensor
 
 from cluster.expert_parallel import ExpertGroup, ExpertParallel
-from models.arrow import write_table
 from models.moe import MoeCheckpoint
 from models.partial import experts_module, load_part, read_fused
-from stages.calibrate.observer import Sums, add, empty_sums
 from stages.calibrate.recorder import Recorder
-from stages.calibrate.stage import ShardUnit, batches_of, observe_batch, summary
-from stages.calibrate.statistics import Key, to_table
+from stages.calibrate.stage import (
+    ShardUnit,
+    batches_of,
+    observe_batch,
+    recorder_of,
+    summary,
+    write_shard,
+)
 from stages.corpus.blocks import Batch, Block
 from stages.errors import ReplicaError
 from stages.unit import Done, execute
@@ -61,16 +65,18 @@ class Rank:
     def run_one(self, unit: ShardUnit) -> dict[str, Any]:
         """Observes this rank's batches; on rank 0, writes the table of all."""
         model = self._model(unit)
-        found, recorder = batches_of(unit), Recorder(unit.num_experts)
+        found, recorder = batches_of(unit), recorder_of(unit)
         for batch in dealt(found, self._group):
             if batch is None:
                 keep_step(model, unit.num_experts)
             else:
                 observe_batch(model, batch, recorder)
-        parts = self._group.gather(recorder.sums)
+        parts = self._group.gather(recorder)
         if parts:
-            total = added(parts, unit.num_experts)
-            write_table(unit.output, to_table(total, unit.num_experts, dict(unit.inputs)))
+            total = recorder_of(unit)
+            for part in parts:  # in rank order
+                total.extend(part)
+            write_shard(unit, total)
         return summary(unit, found)
 
     def _model(self, unit: ShardUnit) -> Any:
@@ -147,15 +153,6 @@ def dealt(items: Sequence[T], group: ExpertGroup) -> Iterator[T | None]:
 def keep_step(model: Any, num_experts: int) -> None:
     """One forward pass of one token, for the sake of the other ranks; its sums are dropped."""
     observe_batch(model, Batch(0, (Block("", (0,)),)), Recorder(num_experts))
-
-
-def added(parts: Sequence[dict[Key, Sums]], num_experts: int) -> dict[Key, Sums]:
-    """The sum of the ranks' sums, in rank order."""
-    total: dict[Key, Sums] = {}
-    for part in parts:
-        for key, sums in part.items():
-            add(total.setdefault(key, empty_sums(num_experts)), sums)
-    return total
 
 
 def _random_tokens(local: Any, moe: MoeCheckpoint, seed: int) -> tuple[Tensor, Tensor, Tensor]:

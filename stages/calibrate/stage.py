@@ -1,4 +1,7 @@
-"""Calibration shards: each a range of token blocks, each an immutable Arrow file of sums."""
+"""Calibration shards: each a range of token blocks, each an immutable Arrow file of sums.
+
+Beside the sums lies what the shard kept of the sampled tokens (`calibrate.sample`).
+"""
 
 from __future__ import annotations
 
@@ -13,15 +16,19 @@ import torch
 
 from models.arrow import write_table
 from models.streaming.model import open_streamed
+from models.tensors import write_tensors
 from stages.calibrate import streaming
-from stages.calibrate.config import VERSION, CalibrateConfig, Engine
+from stages.calibrate.config import VERSION, CalibrateConfig, Engine, SampleConfig
+from stages.calibrate.merge_tables import add_files
 from stages.calibrate.observer import Observer
 from stages.calibrate.recorder import Recorder
-from stages.calibrate.statistics import add_tables, read_statistics
+from stages.calibrate.sample import sample_of
 from stages.corpus.blocks import Batch, batches
 from stages.corpus.stage import read_blocks
 from stages.model import batch_of, load_model, pad_id
 from stages.unit import Fingerprint, OneFile
+
+_NOTHING = SampleConfig(tokens=0)
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,17 @@ class ShardUnit(OneFile):
     inputs: tuple[tuple[str, str], ...]
     # Not in the fingerprint: both engines give the same bytes, so either finishes a shard.
     engine: Engine = "resident"
+    sample: SampleConfig = _NOTHING
+
+    @property
+    def sampled(self) -> Path:
+        """Inputs of the sampled tokens: `shard-00003.inputs.safetensors`."""
+        return self.output.with_suffix(".inputs.safetensors")
+
+    @property
+    def outputs(self) -> Sequence[Path]:
+        """The sums, and the sampled inputs if there are any to keep."""
+        return (self.output, self.sampled) if self.sample.tokens else (self.output,)
 
     @property
     def name(self) -> str:
@@ -50,9 +68,11 @@ class ShardUnit(OneFile):
     @property
     def fingerprint(self) -> Fingerprint:
         """Inputs, block range and everything that changes the arithmetic."""
+        config = {"dtype": self.dtype, "batch_size": self.batch_size}
+        kept = {"tokens": self.sample.tokens, "seed": self.sample.seed}
         return dict(self.inputs) | {
             "code": f"calibrate-{VERSION}",
-            "config": {"dtype": self.dtype, "batch_size": self.batch_size},
+            "config": config | ({"sample": kept} if self.sample.tokens else {}),
             "blocks": [self.start, self.stop],
         }
 
@@ -85,6 +105,7 @@ def plan(
             output=folder / f"shard-{index:05d}.arrow",
             inputs=tuple(sorted(inputs.items())),
             engine=engine,
+            sample=config.sample,
         )
         for index, (start, stop) in enumerate(pairwise(edges))
     ]
@@ -97,9 +118,9 @@ class Replica:
         self._loaded: tuple[tuple[Path, str, Engine], Any] | None = None
 
     def run_one(self, unit: ShardUnit) -> dict[str, Any]:
-        """Observes one shard and writes its table."""
+        """Observes one shard and writes its files."""
         found = batches_of(unit)
-        recorder = Recorder(unit.num_experts)
+        recorder = recorder_of(unit)
         streaming.remove_stale(unit.output)
         model = self._model(unit)
         if unit.engine == "streaming":
@@ -107,7 +128,7 @@ class Replica:
         else:
             for batch in found:
                 observe_batch(model, batch, recorder)
-        write_table(unit.output, recorder.table(dict(unit.inputs)))
+        write_shard(unit, recorder)
         return summary(unit, found)
 
     def _model(self, unit: ShardUnit) -> Any:
@@ -125,6 +146,20 @@ def batches_of(unit: ShardUnit) -> list[Batch]:
     return list(batches(blocks, unit.batch_size, unit.start))
 
 
+def recorder_of(unit: ShardUnit) -> Recorder:
+    """What a shard, or a part of its batches, is gathered in."""
+    sample = unit.sample
+    kept = sample_of(unit.corpus, sample.tokens, sample.seed) if sample.tokens else None
+    return Recorder(unit.num_experts, kept)
+
+
+def write_shard(unit: ShardUnit, recorder: Recorder) -> None:
+    """Writes all files of a shard from what was gathered, each atomically."""
+    write_table(unit.output, recorder.table(dict(unit.inputs)))
+    if recorder.sampled is not None:
+        write_tensors(unit.sampled, recorder.sampled.tensors(unit.start, unit.stop))
+
+
 def summary(unit: ShardUnit, found: Sequence[Batch]) -> dict[str, Any]:
     """The result of a shard for its marker and the report."""
     tokens = sum(len(row) for batch in found for row in batch.rows)
@@ -133,7 +168,7 @@ def summary(unit: ShardUnit, found: Sequence[Batch]) -> dict[str, Any]:
 
 def reduce(units: Sequence[ShardUnit]) -> pa.Table:
     """The sum over shards in shard order, each once, whatever order they ended in."""
-    return add_tables(read_statistics(unit.output) for unit in units)
+    return add_files([unit.output for unit in units])
 
 
 @torch.inference_mode()

@@ -6,14 +6,13 @@ Shards hold only the domains that they saw, so a table grows with what was obser
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from models.arrow import read_table
 from stages.calibrate.observer import (
@@ -93,24 +92,6 @@ def to_table(sums: Mapping[Key, Sums], num_experts: int, metadata: Mapping[str, 
     return pa.table(columns, schema=schema(num_experts, metadata))
 
 
-def add_tables(tables: Iterable[pa.Table]) -> pa.Table:
-    """The sum of shard tables, in the order given: (domain, layer) slices added column by column.
-
-    Raises:
-        StatisticsError: shards of different models or data.
-    """
-    total: dict[Key, dict[str, Any]] = {}
-    metadata: Any = None
-    for table in tables:
-        if metadata is not None and table.schema.metadata != metadata:
-            raise StatisticsError("statistics shards disagree on model, tokenizer or data")
-        metadata, kind = table.schema.metadata, table.schema
-        for key, columns in _slices(table):
-            total[key] = _added(total[key], columns) if key in total else columns
-    rows = [_as_table(key, total[key], kind) for key in sorted(total)]
-    return pa.concat_tables(rows).combine_chunks()
-
-
 def read_statistics(path: Path) -> pa.Table:
     """Reads a statistics table.
 
@@ -120,7 +101,21 @@ def read_statistics(path: Path) -> pa.Table:
     try:
         table = read_table(path)
     except (OSError, pa.ArrowInvalid) as error:
-        raise StatisticsError(f"cannot read statistics from {path}: {error}") from error
+        raise damaged(path, error) from error
+    return check_columns(path, table)
+
+
+def damaged(path: Path, error: Exception) -> StatisticsError:
+    """A table that cannot be opened."""
+    return StatisticsError(f"cannot read statistics from {path}: {error}")
+
+
+def check_columns(path: Path, table: pa.Table) -> pa.Table:
+    """The table, if it is one of statistics.
+
+    Raises:
+        StatisticsError: what it lacks.
+    """
     missing = [name for name in SCALARS + VECTORS if name not in table.column_names]
     if missing:
         raise StatisticsError(f"{path} is no statistics table: it lacks {', '.join(missing)}")
@@ -169,24 +164,3 @@ def _slices(table: pa.Table) -> list[tuple[Key, dict[str, Any]]]:
         arrays = {name: part[name].combine_chunks() for name in SCALARS + VECTORS}
         found.append((key, {n: a.flatten() if n in VECTORS else a for n, a in arrays.items()}))
     return found
-
-
-def _added(total: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: pc.max_element_wise(total[name], values)
-        if name in _MAXIMA
-        else pc.add(total[name], values)
-        for name, values in part.items()
-    }
-
-
-def _as_table(key: Key, columns: dict[str, Any], kind: pa.Schema) -> pa.Table:
-    width = len(columns["tokens"])
-    rows: dict[str, Any] = {
-        "domain": [key[0]] * width,
-        "layer": [key[1]] * width,
-        "expert": list(range(width)),
-    }
-    for name, values in columns.items():
-        rows[name] = pa.FixedSizeListArray.from_arrays(values, width) if name in VECTORS else values
-    return pa.table(rows, schema=kind)

@@ -87,6 +87,14 @@ def block_domains(path: Path) -> list[str]:
         return sorted(pc.unique(pa.ipc.open_file(source).read_all()["domain"]).to_pylist())
 
 
+def block_lengths(path: Path) -> tuple[Any, list[str]]:
+    """Tokens per block `[B]` int64, and the domain of each block; no token is read."""
+    with pa.memory_map(str(path)) as source:
+        table = pa.ipc.open_file(source).read_all()
+        lengths = pc.list_value_length(table["tokens"]).to_numpy().astype("int64")
+        return lengths, table["domain"].to_pylist()
+
+
 def count_tokens(path: Path) -> int:
     """Tokens in all blocks."""
     with pa.memory_map(str(path)) as source:

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.arrow import read_table, write_table
+from stages.calibrate.merge_tables import add_tables
 from stages.calibrate.observer import INTEGERS, SCALARS, VECTORS, Sums, add, empty_sums
 from stages.calibrate.statistics import (
     Key,
-    add_tables,
     domain_sums,
     layers_of,
     metadata_of,

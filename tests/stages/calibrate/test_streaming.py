@@ -71,7 +71,7 @@ def run(units: list[ShardUnit]) -> list[bytes]:
     replica = Replica()
     for unit in units:
         replica.run_one(unit)
-    return [unit.output.read_bytes() for unit in units]
+    return [path.read_bytes() for unit in units for path in unit.outputs]
 
 
 # The same bytes -----------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ def test_no_hidden_states_are_left(tmp_path: Path) -> None:
 
     run([unit])
 
-    assert left(unit) == [unit.output.name]
+    assert left(unit) == sorted(path.name for path in unit.outputs)
 
 
 def test_no_hidden_states_are_left_by_a_failure(
@@ -209,7 +209,7 @@ def test_hidden_states_of_killed_attempts_are_removed(engine: Any, tmp_path: Pat
 
     run([replace(unit, engine=engine)])
 
-    assert left(unit) == [unit.output.name]
+    assert left(unit) == sorted(path.name for path in unit.outputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

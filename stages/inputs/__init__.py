@@ -1,0 +1,1 @@
+"""One file per MoE layer with the inputs of the sampled tokens."""
