@@ -12,6 +12,7 @@ from torch import Tensor
 from models.expert import Expert
 from models.mapped.registration import config_json, modeling_source
 from models.moe import MoeCheckpoint
+from stages.errors import BudgetError
 from stages.export.config import ExportConfig
 from stages.export.formats.expanded import refuse_dropped
 from stages.group.decision import LayerDecision
@@ -27,6 +28,10 @@ class Mapped:
         """Every expert needs a group; any number per layer will do."""
         moe.family.require("mapped")
         refuse_dropped(decisions, "mapped")
+        if any(decision.width is not None for decision in decisions):
+            raise BudgetError(
+                "the mapped format holds experts of full width", "use export.format=native"
+            )
 
     def layer_tensors(
         self,
