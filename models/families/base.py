@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from models.errors import CheckpointError, UnsupportedFeature
+from models.errors import CheckpointError
 from models.families.storage import GATED, IN_MEMORY, Fused, Storage
 
 # Families and versions of transformers differ in the key that counts experts, and some checkpoints
@@ -84,18 +84,6 @@ class Family:
     def auto_class(self) -> str:
         """The class of transformers that opens it."""
         return f"AutoModelFor{'Seq2SeqLM' if self.encoder_decoder else 'CausalLM'}"
-
-    def require(self, feature: str) -> None:
-        """Refuses what this family cannot have (names of features: `models.support`).
-
-        Raises:
-            UnsupportedFeature: with the reason.
-        """
-        if feature in self.unsupported:
-            raise UnsupportedFeature(
-                f"{self.model_type} has no {feature}: {self.unsupported[feature]}",
-                "`coalesce ls families` shows what every family supports",
-            )
 
     # Names ----------------------------------------------------------------------------------------
 
