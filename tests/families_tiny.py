@@ -59,7 +59,9 @@ def tiny_config(stem: str, **overrides: object) -> Any:
     return getattr(transformers, f"{stem}Config")(**fields | overrides)
 
 
-STEMS = {tiny_config(stem).model_type: stem for stem in [*tiny_families.FAMILIES, *_ENCODER_DECODERS]}
+STEMS = {
+    tiny_config(stem).model_type: stem for stem in [*tiny_families.FAMILIES, *_ENCODER_DECODERS]
+}
 
 
 def tiny_model(model_type: str, **overrides: object) -> Any:
