@@ -49,6 +49,24 @@ def check_dense_tensors(moe: MoeCheckpoint) -> set[str]:
     return ignored
 
 
+def check_width(moe: MoeCheckpoint, width: int) -> None:
+    """Refuses a number of neurons that the family's class cannot give to routed experts alone.
+
+    Raises:
+        CheckpointError: names a tensor outside the experts whose size hangs on the same key.
+    """
+    changed = _build_from(moe, moe.family.with_width(moe.checkpoint.config, width))
+    before, after = (_expected_shapes(moe, model) for model in (_build(moe), changed))
+    moved = [name for name, shape in before.items() if after.get(name) != shape]
+    if moved:
+        raise CheckpointError(
+            f"experts of {moe.family.model_type} cannot be narrowed to {width} neurons alone:"
+            f" {moved[0]} would change from {list(before[moved[0]])} to"
+            f" {list(after.get(moved[0], ()))} with them",
+            "reduce the number of experts instead (a method that merges or drops)",
+        )
+
+
 def unloaded_elements(moe: MoeCheckpoint) -> int:
     """Stored floating elements that transformers does not load as parameters of their own.
 
@@ -65,12 +83,16 @@ def unloaded_elements(moe: MoeCheckpoint) -> int:
 
 
 def _build(moe: MoeCheckpoint) -> Any:
-    """The transformers model on the meta device."""
+    return _build_from(moe, moe.checkpoint.config)
+
+
+def _build_from(moe: MoeCheckpoint, config_json: dict[str, Any]) -> Any:
+    """The transformers model of a config.json, on the meta device."""
     import torch
     import transformers
 
     try:
-        config = transformers.AutoConfig.for_model(**moe.checkpoint.config)
+        config = transformers.AutoConfig.for_model(**config_json)
         with torch.device("meta"):
             return getattr(transformers, moe.family.auto_class).from_config(config)
     except Exception as error:  # whatever a value of the wrong kind leads to inside transformers

@@ -208,6 +208,11 @@ class Family:
             changes[_EXTRA_LAYERS] = 0
         return {key: value for key, value in config.items() if key != "auto_map"} | changes
 
+    def with_width(self, config: dict[str, Any], width: int) -> dict[str, Any]:
+        """config.json with experts of `width` neurons; other modules may read the same key."""
+        keys = {stack.width_key or self.intermediate_key for stack in self.stacks}
+        return config | dict.fromkeys(keys, width)
+
     # ----------------------------------------------------------------------------------------------
 
     @cached_property

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from models.checkpoint import FLOAT_NAMES
+from models.expert import Expert
 from models.moe import MoeCheckpoint
 from stages.export.config import ExportConfig
 from stages.export.formats import FORMATS
@@ -85,12 +86,19 @@ def _file(
     infos = moe.checkpoint.tensors
     tensors = {form.dense_name(moe, n): infos[n].meta() for n in moe.dense_names(layer)}
     if decision is not None:
-        merged = [moe.meta_expert(decision.layer)] * len(decision.representatives)
+        merged = [_meta_expert(moe, decision)] * len(decision.representatives)
         routers = {name: infos[name].meta() for name in moe.router_names(decision.layer)}
         tensors |= form.layer_tensors(moe, decision, merged, routers, config)
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
     floats = sum(t.numel() for t in tensors.values() if t.is_floating_point())
     return FileLayout(layer, nbytes, nbytes + _header_bytes(tensors), floats)
+
+
+def _meta_expert(moe: MoeCheckpoint, decision: LayerDecision) -> Expert:
+    expert = moe.meta_expert(decision.layer)
+    if decision.width is None:
+        return expert
+    return expert.select(torch.arange(decision.width, device="meta"))
 
 
 def _header_bytes(tensors: Mapping[str, Tensor]) -> int:

@@ -12,7 +12,7 @@ from models.expert import Expert
 from models.moe import MoeCheckpoint
 from stages.errors import BudgetError
 from stages.export.config import ExportConfig
-from stages.export.formats.native import named_experts
+from stages.export.formats.native import check_widths, named_experts, narrowed
 from stages.group.decision import LayerDecision
 
 
@@ -24,6 +24,7 @@ class Expanded:
     def check(self, moe: MoeCheckpoint, decisions: Sequence[LayerDecision]) -> None:
         """Every expert needs a group to be redirected to."""
         refuse_dropped(decisions, "expanded")
+        check_widths(moe, decisions)
 
     def layer_tensors(
         self,
@@ -48,7 +49,8 @@ class Expanded:
 
     def config_json(self, moe: MoeCheckpoint, decisions: Sequence[LayerDecision]) -> dict[str, Any]:
         """As many experts as before."""
-        return moe.family.with_num_experts(moe.checkpoint.config, moe.num_experts)
+        config = moe.family.with_num_experts(moe.checkpoint.config, moe.num_experts)
+        return narrowed(moe, decisions, config)
 
     def extra_files(self) -> Mapping[str, Path]:
         """None."""

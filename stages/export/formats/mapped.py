@@ -13,6 +13,7 @@ from models.expert import Expert
 from models.mapped.registration import config_json, modeling_source
 from models.moe import MoeCheckpoint
 from models.support import require
+from stages.errors import BudgetError
 from stages.export.config import ExportConfig
 from stages.export.formats.expanded import refuse_dropped
 from stages.group.decision import LayerDecision
@@ -28,6 +29,10 @@ class Mapped:
         """Every expert needs a group; any number per layer will do."""
         require(moe.family, "mapped")
         refuse_dropped(decisions, "mapped")
+        if any(decision.width is not None for decision in decisions):
+            raise BudgetError(
+                "the mapped format holds experts of full width", "use export.format=native"
+            )
 
     def layer_tensors(
         self,

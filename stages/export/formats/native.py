@@ -12,6 +12,7 @@ from torch import Tensor
 
 from models.expert import Expert
 from models.moe import MoeCheckpoint
+from models.skeleton import check_width
 from stages.errors import BudgetError
 from stages.export.config import ExportConfig
 from stages.group.decision import LayerDecision
@@ -24,7 +25,8 @@ class Native:
     needs_code = False
 
     def check(self, moe: MoeCheckpoint, decisions: Sequence[LayerDecision]) -> None:
-        """One K for all layers, and K >= top-k."""
+        """One K and one width for all layers, and K >= top-k."""
+        check_widths(moe, decisions)
         counts = sorted({len(decision.representatives) for decision in decisions})
         if len(counts) > 1:
             raise BudgetError(
@@ -63,11 +65,31 @@ class Native:
     def config_json(self, moe: MoeCheckpoint, decisions: Sequence[LayerDecision]) -> dict[str, Any]:
         """The original config with K experts."""
         kept = len(decisions[0].representatives)
-        return moe.family.with_num_experts(moe.checkpoint.config, kept)
+        return narrowed(moe, decisions, moe.family.with_num_experts(moe.checkpoint.config, kept))
 
     def extra_files(self) -> Mapping[str, Path]:
         """None."""
         return {}
+
+
+def narrowed(
+    moe: MoeCheckpoint, decisions: Sequence[LayerDecision], config: dict[str, Any]
+) -> dict[str, Any]:
+    """`config` with the decided width of the experts, if one was decided."""
+    width = decisions[0].width
+    return config if width is None else moe.family.with_width(config, width)
+
+
+def check_widths(moe: MoeCheckpoint, decisions: Sequence[LayerDecision]) -> None:
+    """One width for all layers, and one that the family's class can give to its experts alone."""
+    widths = {decision.width for decision in decisions}
+    if len(widths) > 1:
+        raise BudgetError(
+            f"config.json holds one width of experts for all layers; the decision has {widths}",
+            "give every layer the same width",
+        )
+    if (width := widths.pop()) is not None:
+        check_width(moe, width)
 
 
 def named_experts(moe: MoeCheckpoint, layer: int, experts: Sequence[Expert]) -> dict[str, Tensor]:
