@@ -44,7 +44,8 @@ def observed_layer(
         top = scores.topk(top_k, dim=1)
         gates = top.values.softmax(dim=1)
         chosen = values.gather(1, top.indices.unsqueeze(2).expand(-1, -1, hidden))
-        add(sums, layer_sums(Routed(scores, top.indices, gates, chosen, values[:, 0]), experts))
+        sizes = torch.linalg.vector_norm(chosen, dim=-1), chosen.abs().amax(dim=-1)
+        add(sums, layer_sums(Routed(scores, top.indices, gates, *sizes), experts))
         for name, value in chunk_sums(values, top.indices, gates).items():
             subsample[name] += value.numpy()
     flat = outputs.transpose(1, 0, 2).reshape(experts, -1)
