@@ -12,8 +12,10 @@ from stages.align.config import AlignConfig
 from stages.calibrate.config import CalibrateConfig
 from stages.evaluate.config import EvaluateConfig
 from stages.export.config import ExportConfig
-from stages.group.config import GroupConfig, McSmoe
+from stages.group.config import Coalesce, GroupConfig
 from stages.merge.config import MergeConfig
+from stages.narrow.config import NarrowConfig
+from stages.refit.config import RefitConfig
 from stages.settings import Settings
 
 
@@ -70,9 +72,11 @@ class RunConfig(Settings):
     run_dir: Path
     model: ModelConfig
     calibrate: CalibrateConfig
-    group: GroupConfig = McSmoe()
+    group: GroupConfig = Coalesce()
     align: AlignConfig = AlignConfig()
     merge: MergeConfig = MergeConfig()
+    narrow: NarrowConfig = NarrowConfig()
+    refit: RefitConfig = RefitConfig()
     export: ExportConfig = ExportConfig()
     # None: nothing is measured, and the report says so.
     evaluate: EvaluateConfig | None = None

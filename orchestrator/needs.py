@@ -22,6 +22,8 @@ def needs(config: RunConfig, method: AnyMethod) -> frozenset[Need]:
     found: set[Need] = set(method.needs)
     if config.merge.weights == "alpha" and not method.prunes:
         found.add("subsample")
+    if config.refit.enabled is True:
+        found.add("inputs")
     return frozenset(found)
 
 
@@ -43,10 +45,16 @@ def check_needs(
             "set align.by=weights",
         )
     if "subsample" in needs(config, config.group) and not _sampled(config, folder, moe):
-        what = config.group.method if "subsample" in config.group.needs else "merge.weights=alpha"
+        why = config.group.method if "subsample" in config.group.needs else "merge.weights=alpha"
         raise ConfigError(
-            f"{what} needs the outputs of all experts on sampled tokens, and none are taken",
+            f"{why} needs the outputs of all experts on sampled tokens, and none are taken",
             "set calibrate.sample.tokens (4096) and calibrate.sample.statistics=true",
+        )
+    if "inputs" in needs(config, config.group) and not _inputs(config, folder, moe):
+        what: str = config.group.method if config.group.needs else "refit.enabled=true"
+        raise ConfigError(
+            f"{what} needs a sample of what enters the layers, and none is taken",
+            "set calibrate.sample.tokens (16384), or use a method that keeps whole experts",
         )
     _check_domains(config, domains)
 
@@ -73,6 +81,12 @@ def _sampled(config: RunConfig, folder: RunFolder, moe: MoeCheckpoint) -> bool:
     if config.calibrate.statistics is None:
         return samples.evaluated(config.calibrate, moe)
     return bool(samples.subsamples(folder, config.calibrate, moe))
+
+
+def _inputs(config: RunConfig, folder: RunFolder, moe: MoeCheckpoint) -> bool:
+    if config.calibrate.statistics is None:
+        return samples.sampled_tokens(config.calibrate, moe) > 0
+    return bool(samples.layer_inputs(folder, config.calibrate, moe))
 
 
 def _check_domains(config: RunConfig, domains: Collection[str]) -> None:

@@ -26,6 +26,7 @@ from stages.export.layout import FileLayout
 from stages.export.stage import ExportUnit
 from stages.group.decision import LayerDecision
 from stages.inputs import stage as inputs
+from stages.refit.config import RefitConfig
 from stages.subsample import stage as subsample
 from stages.transform import stage as transform
 from stages.unit import Done, beside, read_digests
@@ -113,6 +114,7 @@ def transform_units(
     layouts: Sequence[FileLayout],
 ) -> list[transform.TransformUnit]:
     """One unit per file of a variant."""
+    sampled = samples.layer_inputs(run.folder, run.config.calibrate, run.moe)
     return transform.plan(
         run.moe,
         decisions,
@@ -123,7 +125,17 @@ def transform_units(
         folder=run.folder.layers(variant.name),
         model=run.model,
         variant=variant.name,
+        narrow=run.config.narrow,
+        refit=refit_of(run, variant),
+        inputs={layer: (path, read_digests(beside(path))) for layer, path in sampled.items()},
     )
+
+
+def refit_of(run: Prepared, variant: Variant) -> RefitConfig:
+    """Whether this variant is refitted, and how; a baseline never is."""
+    config = run.config.refit
+    wanted = variant.method.narrows if config.enabled == "auto" else config.enabled
+    return config.model_copy(update={"enabled": wanted and variant.name == MAIN})
 
 
 def export_unit(
@@ -161,8 +173,10 @@ def evaluate_units(
         "threads": str(run.config.executor.threads_per_unit),
     }
     if export is not None:
-        made = [(d.layer, d.group, d.representatives, d.weight) for d in decisions]
-        sections = (run.config.align, run.config.merge, export)
+        made = [(d.layer, d.group, d.representatives, d.weight, d.width) for d in decisions]
+        which = next(v for v in run.variants if v.name == variant)
+        refit = refit_of(run, which)
+        sections = (run.config.align, run.config.merge, run.config.narrow, refit, export)
         inputs["variant"] = text_digest([made, [s.model_dump(mode="json") for s in sections]])
     return [
         EvaluateUnit(

@@ -30,8 +30,9 @@ from stages.export.config import ExportConfig
 from stages.export.formats import FORMATS
 from stages.export.layout import FileLayout, file_layouts, placeholder, router_groups, sizes
 from stages.group.budget import adaptive, total_experts, uniform
-from stages.group.config import METHODS, AnyMethod, Budget, Frequency, McSmoe, Reap
+from stages.group.config import METHODS, AnyMethod, Budget, Coalesce, Frequency, McSmoe, Reap
 from stages.group.decision import LayerDecision, from_labels
+from stages.group.width import kept_width
 from stages.unit import beside
 from stages.verify.stage import identity
 
@@ -193,6 +194,10 @@ def expected_decisions(variant: Variant, moe: MoeCheckpoint) -> list[LayerDecisi
             f" {moe.layers[0]} to {moe.layers[-1]}",
             "correct `group.skip_layers`",
         )
+    if isinstance(method, Coalesce):
+        decisions = narrowed(moe, method, variant.export)
+        form.check(moe, decisions)
+        return decisions
     skipped = method.skipped(moe.layers)
     merged = [layer for layer in moe.layers if layer not in skipped]
     if not merged:
@@ -213,6 +218,15 @@ def expected_decisions(variant: Variant, moe: MoeCheckpoint) -> list[LayerDecisi
         decisions = [_pruned(decision) for decision in decisions]
     form.check(moe, decisions)
     return decisions
+
+
+def narrowed(moe: MoeCheckpoint, method: Coalesce, export: ExportConfig) -> list[LayerDecision]:
+    """All experts, of the width that the budget leaves."""
+    found = sizes(moe, export).widths
+    assert found is not None
+    width = kept_width(method.budget, moe.num_experts, found, method.multiple)
+    whole = placeholder(moe, dict.fromkeys(moe.layers, moe.num_experts))
+    return [replace(decision, width=width) for decision in whole]
 
 
 def _spread_evenly(
@@ -243,6 +257,8 @@ def in_experts(variant: Variant, moe: MoeCheckpoint) -> Variant:
         BudgetError: the smallest possible output is larger.
     """
     method, target = variant.method, variant.method.budget.target_bytes
+    if isinstance(method, Coalesce):
+        return variant  # neurons are fine enough for the arithmetic alone
     merged = len(set(moe.layers) - method.skipped(moe.layers))
     if target is None:
         return variant
@@ -323,7 +339,12 @@ def _baseline_experts(main: Variant, moe: MoeCheckpoint) -> int:
     """Experts per layer that cost at least the bytes of the main variant: no unfair baseline."""
     decisions = expected_decisions(main, moe)
     total = sum(len(decision.representatives) for decision in decisions)
-    return moe.native_count(-(-total // len(decisions)))
+    each = -(-total // len(decisions))
+    if main.method.narrows:
+        plain = sizes(moe, ExportConfig())
+        size = sum(layout.file_bytes for layout in expected_layouts(main, moe))
+        each = -(-(size - plain.fixed) // (plain.per_expert * plain.layers))
+    return moe.native_count(min(max(each, moe.top_k), moe.num_experts))
 
 
 def _check_text(data: CorpusConfig | None, moe: MoeCheckpoint) -> set[str]:

@@ -17,6 +17,7 @@ from stages.export.config import ExportConfig
 from stages.export.formats import FORMATS
 from stages.group.budget import Sizes
 from stages.group.decision import LayerDecision, from_labels
+from stages.group.width import Widths
 
 _NAMES = {getattr(torch, name): short for short, name in FLOAT_NAMES.items()} | {torch.int64: "I64"}
 _BY_ALIGNMENT = ("I64", "F64", "F32", "BF16", "F16", "U8")
@@ -51,7 +52,18 @@ def sizes(moe: MoeCheckpoint, config: ExportConfig) -> Sizes:
     less = _total(moe, moe.num_experts - step, config)
     layers = len(moe.layers)
     per_expert = (full - less) // (layers * step)
-    return Sizes(full - per_expert * moe.num_experts * layers, max(per_expert, 1), layers)
+    fixed = full - per_expert * moe.num_experts * layers
+    return Sizes(fixed, max(per_expert, 1), layers, widths(moe, full))
+
+
+def widths(moe: MoeCheckpoint, full: int) -> Widths:
+    """Bytes by the width of the experts; `full` is the size of the files at full width."""
+    neurons = min(moe.meta_expert(layer).neurons for layer in moe.layers)
+    rows = [moe.meta_expert(layer) for layer in moe.layers]
+    one = torch.arange(1, device="meta")
+    kept = [t for each in rows for n, t in each.select(one).tensors().items() if n != "down_bias"]
+    per_neuron = moe.num_experts * sum(tensor.nbytes for tensor in kept)
+    return Widths(neurons, full - neurons * per_neuron, per_neuron)
 
 
 def placeholder(moe: MoeCheckpoint, kept: Mapping[int, int]) -> list[LayerDecision]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from stages.errors import BudgetError
 from stages.group.config import Budget
+from stages.group.width import Widths
 
 Array = np.ndarray[Any, Any]
 
@@ -22,6 +23,7 @@ class Sizes:
     fixed: int  # everything but routed experts and what shrinks with them
     per_expert: int  # one expert of one layer with what belongs to it
     layers: int  # MoE layers of the checkpoint, skipped ones included
+    widths: Widths | None = None  # the same in neurons; None: experts are not narrowed
 
 
 def total_experts(budget: Budget, layers: int, num_experts: int, sizes: Sizes) -> int:

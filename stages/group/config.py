@@ -13,7 +13,7 @@ from stages.settings import Settings
 
 VERSION = 1
 
-Need = Literal["subsample", "router", "weights"]
+Need = Literal["subsample", "router", "weights", "inputs"]
 
 
 class Budget(Settings):
@@ -38,7 +38,8 @@ class Budget(Settings):
 
 
 class _Method(Settings):
-    # Beyond routing sums: "subsample" (all experts on sampled tokens), "router" rows, "weights".
+    # Beyond routing sums: "subsample" (all experts on sampled tokens), "router" rows, "weights",
+    # "inputs" (what entered the layers, on sampled tokens).
     needs: ClassVar[tuple[Need, ...]] = ()
 
     budget: Budget = Budget(keep_ratio=0.5)
@@ -62,6 +63,11 @@ class _Method(Settings):
         return False
 
     @property
+    def narrows(self) -> bool:
+        """Whether experts lose neurons."""
+        return False
+
+    @property
     def uneven(self) -> bool:
         """Whether layers may keep different numbers of experts."""
         return False
@@ -81,6 +87,25 @@ class _Method(Settings):
 class _Pruning(_Method):
     @property
     def prunes(self) -> bool:
+        return True
+
+
+class Coalesce(_Method):
+    """Narrower experts, all kept and refitted. Use when: best quality per byte, no recovery."""
+
+    method: Literal["coalesce"] = "coalesce"
+    needs = ("inputs",)
+    # Experts keep a multiple of so many neurons; kernels like powers of two.
+    multiple: int = Field(default=8, ge=1)
+
+    @model_validator(mode="after")
+    def _all_layers(self) -> Coalesce:
+        if self.skip_layers:
+            raise ValueError("coalesce gives all layers one width: skip_layers must be empty")
+        return self
+
+    @property
+    def narrows(self) -> bool:
         return True
 
 
@@ -246,7 +271,8 @@ class Random(_Method):
 
 
 AnyMethod = (
-    McSmoe
+    Coalesce
+    | McSmoe
     | Uncurl
     | HcSmoe
     | Ream
@@ -261,6 +287,7 @@ AnyMethod = (
 )
 GroupConfig = Annotated[AnyMethod, Field(discriminator="method")]
 METHODS: dict[str, type[AnyMethod]] = {
+    "coalesce": Coalesce,
     "mc_smoe": McSmoe,
     "uncurl": Uncurl,
     "hc_smoe": HcSmoe,

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from stages.calibrate.statistics import LayerStatistics
 from stages.errors import StatisticsError
 from stages.group.budget import Sizes, total_experts
-from stages.group.config import AnyMethod
+from stages.group.config import AnyMethod, Coalesce
 from stages.group.decision import LayerDecision
 from stages.group.methods import DECIDE
 from stages.group.methods.base import keep_all
 from stages.group.router_groups import join, split
 from stages.group.super_experts import protect, super_experts
+from stages.group.width import kept_width
 
 
 def decide(
@@ -33,6 +35,8 @@ def decide(
     for each in statistics:
         if each.tokens == 0:
             raise StatisticsError(f"layer {each.layer} saw no token", "calibrate on more text")
+    if isinstance(config, Coalesce):
+        return _narrowed(config, statistics, sizes)
     skipped = config.skipped([each.layer for each in statistics])
     if config.protect_super_experts:
         statistics = protect(statistics, super_experts(statistics))
@@ -46,3 +50,13 @@ def decide(
             parts = [part for each in merged for part in split(each, router_groups)]
             found += join(DECIDE[config.method](config, parts, total), merged, router_groups)
     return sorted(found, key=lambda decision: decision.layer)
+
+
+def _narrowed(
+    config: Coalesce, statistics: Sequence[LayerStatistics], sizes: Sizes
+) -> list[LayerDecision]:
+    """Every expert stays, all with the same number of neurons."""
+    assert sizes.widths is not None
+    experts = statistics[0].num_experts
+    width = kept_width(config.budget, experts, sizes.widths, config.multiple)
+    return [replace(keep_all(each), width=width) for each in statistics]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from stages.settings import Settings
@@ -12,7 +14,8 @@ VERSION = 1
 class RefitConfig(Settings):
     """Needs the layer-input sample (`calibrate.sample`). Off: reduced experts stay as they are."""
 
-    enabled: bool = True
+    # auto: with methods that narrow experts. Baselines are never refitted.
+    enabled: bool | Literal["auto"] = "auto"
     # Candidates for the ridge, in units of each expert's mean feature energy. The best on held-out
     # tokens is taken; if none of them beats leaving the weights alone, they are left alone.
     strengths: tuple[float, ...] = Field(default=(0.001, 0.01, 0.1, 1.0), min_length=1)

@@ -6,7 +6,7 @@ refit, its input sample, so layers run anywhere, in any order, and the memory is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,7 @@ class TransformUnit(OneFile):
         if decision is None:
             return False
         fewer = len(decision.representatives) < self.moe.num_experts
-        return decision.width is not None or (self.refit.enabled and fewer)
+        return decision.width is not None or (self.refit.enabled is True and fewer)
 
     @property
     def _reduction(self) -> Fingerprint:
@@ -120,8 +120,16 @@ def plan(
     folder: Path,
     model: str,
     variant: str = "compressed",
+    narrow: NarrowConfig | None = None,
+    refit: RefitConfig | None = None,
+    inputs: Mapping[int, tuple[Path, str]] | None = None,
 ) -> list[TransformUnit]:
-    """One unit per output file."""
+    """One unit per output file.
+
+    Args:
+        refit: None leaves reduced experts as they are.
+        inputs: layer -> its sampled inputs and their digest.
+    """
     by_layer = {decision.layer: decision for decision in decisions}
     return [
         TransformUnit(
@@ -134,6 +142,9 @@ def plan(
             output=folder / file_name(layout.layer),
             model=model,
             variant=variant,
+            narrow=narrow or NarrowConfig(),
+            refit=refit or RefitConfig(enabled=False),
+            inputs=None if layout.layer is None else (inputs or {}).get(layout.layer),
         )
         for layout in layouts
     ]

@@ -1,0 +1,45 @@
+"""From a budget to the number of neurons that every expert keeps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+from stages.errors import BudgetError
+from stages.group.config import Budget
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Bytes of a checkpoint as a function of the width of its experts, from headers alone."""
+
+    neurons: int  # I, of every expert
+    fixed: int  # everything that does not shrink with the width
+    per_neuron: int  # one neuron of every expert in every layer
+
+
+def kept_width(budget: Budget, num_experts: int, widths: Widths, multiple: int) -> int:
+    """The largest multiple of `multiple` within the budget.
+
+    `keep_ratio` is a share of the neurons; `experts_per_layer` stands for the neurons that so many
+    whole experts have, so that methods can be compared at equal bytes.
+
+    Raises:
+        BudgetError: not even one multiple fits.
+    """
+    if budget.target_bytes is not None:
+        room = (budget.target_bytes - widths.fixed) // widths.per_neuron
+    elif budget.keep_ratio is not None:
+        room = int(Fraction(str(budget.keep_ratio)) * widths.neurons)
+    else:
+        share = Fraction(str(budget.experts_per_layer)) / num_experts
+        room = int(share * widths.neurons)
+    width = min(room, widths.neurons) // multiple * multiple
+    if width < 1:
+        raise BudgetError(
+            f"the budget leaves {max(room, 0)} of {widths.neurons} neurons per expert; they are kept"
+            f" in multiples of {multiple}; all else takes {widths.fixed:,} bytes, one neuron of"
+            f" every expert {widths.per_neuron:,}",
+            "raise the budget, or lower group.multiple",
+        )
+    return width
