@@ -19,8 +19,12 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _MAX_HEADER = 100 << 20
 
+# A tensor, and one entry of its first axis (None: all of it).
+Piece = tuple[str, int | None]
+
 # Types whose values can be averaged as they are; quantised ones would have to be decoded first.
 FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+FLOAT_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,14 @@ class TensorInfo:
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+
+    def meta(self) -> torch.Tensor:
+        """The tensor without memory; bytes where its type cannot be averaged."""
+        import torch
+
+        if self.dtype not in FLOAT_BYTES:
+            return torch.empty((self.nbytes,), dtype=torch.uint8, device="meta")
+        return torch.empty(self.shape, dtype=getattr(torch, FLOAT_NAMES[self.dtype]), device="meta")
 
 
 @dataclass(frozen=True)
@@ -89,25 +101,40 @@ class Checkpoint:
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Loads the named tensors as stored, opening each file once."""
-        by_file: dict[str, list[TensorInfo]] = {}
-        for name in names:
-            info = self._info(name)
-            by_file.setdefault(info.file, []).append(info)
+        return {name: t for (name, _), t in self.read_pieces((n, None) for n in names).items()}
+
+    def read_pieces(self, pieces: Iterable[Piece]) -> dict[Piece, torch.Tensor]:
+        """Loads tensors, or single entries of their first axis, opening each file once.
+
+        Nothing but the entry is read: one expert of a fused tensor costs one expert.
+        """
+        by_file: dict[str, list[Piece]] = {}
+        for piece in dict.fromkeys(pieces):
+            by_file.setdefault(self._info(piece[0]).file, []).append(piece)
         return {
-            info.name: tensor
-            for _, infos in sorted(by_file.items())
-            for info, tensor in self.stream(infos)
+            piece: tensor
+            for file, wanted in sorted(by_file.items())
+            for piece, tensor in self._read_file(file, wanted)
         }
 
     def stream(self, infos: Sequence[TensorInfo]) -> Iterator[tuple[TensorInfo, torch.Tensor]]:
         """Tensors of one file, one after another, opening it once."""
+        found = self._read_file(infos[0].file, [(info.name, None) for info in infos])
+        return ((info, tensor) for info, (_, tensor) in zip(infos, found, strict=True))
+
+    def _read_file(
+        self, file: str, pieces: Sequence[Piece]
+    ) -> Iterator[tuple[Piece, torch.Tensor]]:
         from safetensors import SafetensorError, safe_open
 
-        path = self.folder / infos[0].file
+        path = self.folder / file
         try:
             with safe_open(path, framework="pt") as handle:
-                for info in infos:
-                    yield info, handle.get_tensor(info.name)
+                for name, index in pieces:
+                    if index is None:
+                        yield (name, index), handle.get_tensor(name)
+                    else:
+                        yield (name, index), handle.get_slice(name)[index : index + 1][0]
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"cannot read {path}: {error}") from error
 

@@ -2,7 +2,8 @@
 
 UserError                 cause, numbers, remedy; never retried
 ├── CheckpointError       a file or tensor of a checkpoint is not what it must be
-│   └── UnknownFamily     no adapter for this model type
+│   ├── UnknownFamily     no adapter for this model type
+│   └── UnsupportedFeature  this model type cannot have what was asked for
 └── DiskFull              a write ran out of space
 
 `stages.errors` and `orchestrator.errors` add their own branches.
@@ -30,6 +31,10 @@ class CheckpointError(UserError):
 
 class UnknownFamily(CheckpointError):
     """No adapter knows this model type."""
+
+
+class UnsupportedFeature(CheckpointError):
+    """The family is known, and what was asked for does not exist for it."""
 
 
 class DiskFull(UserError):

@@ -55,8 +55,12 @@ class Expert:
         identity = torch.arange(self.neurons, device=permutation.device)
         if permutation.shape != identity.shape or not permutation.sort().values.equal(identity):
             raise ValueError(f"not a permutation of {self.neurons} neurons")
+        return self.select(permutation)
+
+    def select(self, neurons: Tensor) -> Expert:
+        """The neurons `neurons` [I'] alone, in that order."""
         moved = {
-            name: tensor[:, permutation] if name == "down" else tensor[permutation]
+            name: tensor[:, neurons] if name == "down" else tensor[neurons]
             for name, tensor in self.tensors().items()
             if name != "down_bias"
         }

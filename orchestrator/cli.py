@@ -106,13 +106,14 @@ def show_config(config: Recipe, overrides: Overrides = None) -> None:
 @app.command("ls")
 def list_names(
     what: Annotated[str, typer.Argument(metavar="methods|families|recipes|exporters")],
+    as_json: Annotated[bool, typer.Option("--json", help="Families: the whole matrix.")] = False,
 ) -> None:
-    """List what can be named in a config."""
+    """List what can be named in a config; families with what is supported for each."""
     from orchestrator.commands.ls import LISTS, list_command
 
     if what not in LISTS:
         raise ConfigError(f"cannot list {what!r}", f"one of: {', '.join(LISTS)}")
-    list_command(what)
+    list_command(what, as_json=as_json)
 
 
 def main() -> None:

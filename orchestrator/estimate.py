@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from models.families import layer_of
 from orchestrator import samples
 from orchestrator.preflight import Prepared, expected_layouts
 from stages.calibrate.config import Engine
@@ -58,9 +57,7 @@ def hidden_bytes(run: Prepared) -> int:
     config, moe = run.config.calibrate, run.moe
     width = {"auto": 0, "float32": 4}.get(config.dtype, 2)
     width = width or -(-moe.checkpoint.nbytes // moe.checkpoint.parameters)
-    return (
-        -(-config.data.tokens // config.shards) * int(moe.checkpoint.config["hidden_size"]) * width
-    )
+    return -(-config.data.tokens // config.shards) * moe.hidden_size * width
 
 
 def transform(run: Prepared) -> int:
@@ -113,7 +110,7 @@ def _streamed_bytes(run: Prepared, dtype: str) -> int:
     """All outside the layers, the largest layer as it is read and as it is run, and arguments."""
     by_layer: dict[int | None, int] = {None: 0}
     for info in run.moe.checkpoint.tensors.values():
-        layer = layer_of(info.name)
+        layer = run.moe.family.layer_of(info.name)
         by_layer[layer] = by_layer.get(layer, 0) + info.nbytes
     rest = by_layer.pop(None)
     largest = max(by_layer.values())

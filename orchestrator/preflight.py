@@ -28,7 +28,7 @@ from stages.corpus.stage import load_tokenizer
 from stages.errors import BudgetError, DataError, StatisticsError
 from stages.export.config import ExportConfig
 from stages.export.formats import FORMATS
-from stages.export.layout import FileLayout, file_layouts, placeholder, sizes
+from stages.export.layout import FileLayout, file_layouts, placeholder, router_groups, sizes
 from stages.group.budget import adaptive, total_experts, uniform
 from stages.group.config import METHODS, AnyMethod, Budget, Frequency, McSmoe, Reap
 from stages.group.decision import LayerDecision, from_labels
@@ -178,8 +178,9 @@ def expected_decisions(variant: Variant, moe: MoeCheckpoint) -> list[LayerDecisi
             "use group.scope=uniform, or export.format=mapped",
         )
     kept = _spread_evenly(method, merged, total, moe.num_experts)
+    groups = router_groups(moe, variant.export)
     for count in kept.values():
-        method.check(moe.num_experts, count)
+        method.check(moe.num_experts // groups, count // groups)
     kept |= dict.fromkeys(skipped, moe.num_experts)
     decisions = placeholder(moe, kept)
     if method.prunes:
@@ -234,8 +235,8 @@ def in_experts(variant: Variant, moe: MoeCheckpoint) -> Variant:
 
     full = expected_layouts(with_experts(merged * moe.num_experts), moe)
     headers = sum(layout.file_bytes - layout.tensor_bytes for layout in full)
-    fewest = moe.top_k if variant.export.format == "native" else 1
-    step = 1 if method.uneven else max(merged, 1)
+    fewest = moe.native_count(1) if variant.export.format == "native" else 1
+    step = 1 if method.uneven else max(merged, 1) * router_groups(moe, variant.export)
     counts = range(fewest * merged, merged * moe.num_experts + 1, step)
     fitting = bisect_right(counts, target, key=size)
     if not fitting:
@@ -311,7 +312,7 @@ def _baseline_experts(main: Variant, moe: MoeCheckpoint) -> int:
     """Experts per layer that cost at least the bytes of the main variant: no unfair baseline."""
     decisions = expected_decisions(main, moe)
     total = sum(len(decision.representatives) for decision in decisions)
-    return max(-(-total // len(decisions)), moe.top_k)
+    return moe.native_count(-(-total // len(decisions)))
 
 
 def _check_text(data: CorpusConfig | None, moe: MoeCheckpoint) -> set[str]:

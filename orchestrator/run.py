@@ -34,7 +34,7 @@ from stages.evaluate import stage as evaluate
 from stages.evaluate.stage import ORIGINAL
 from stages.export import stage as export
 from stages.export.formats import FORMATS
-from stages.export.layout import FileLayout, file_layouts, sizes
+from stages.export.layout import FileLayout, file_layouts, router_groups, sizes
 from stages.group import stage as group
 from stages.group.decision import LayerDecision, to_table
 from stages.group.task import task_layers
@@ -186,9 +186,10 @@ def _decide(
 def _decide_one(
     prepared: Prepared, variant: Variant, statistics: Sequence[LayerStatistics]
 ) -> Decided:
-    config, moe = prepared.config, prepared.moe
+    config, moe, form = prepared.config, prepared.moe, variant.export
     statistics = attached(config, variant.method, statistics, prepared.folder, moe)
-    decisions = group.decide(variant.method, statistics, sizes(moe, variant.export))
+    groups = router_groups(moe, form)
+    decisions = group.decide(variant.method, statistics, sizes(moe, form), groups)
     decisions = with_references(decisions, statistics, config.align)
     decisions = with_weights(decisions, statistics, config.merge)
     FORMATS[variant.export.format].check(prepared.moe, decisions)

@@ -2,4 +2,4 @@
 
 from models.families.base import Family
 
-FAMILY = Family(model_type="olmoe", block="mlp", intermediate_key="intermediate_size")
+FAMILY = Family(model_type="olmoe", intermediate_key="intermediate_size")

@@ -2,4 +2,4 @@
 
 from models.families.base import Family
 
-FAMILY = Family(model_type="qwen3_moe", block="mlp")
+FAMILY = Family(model_type="qwen3_moe")

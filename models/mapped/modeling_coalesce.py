@@ -10,6 +10,7 @@ The file is copied beside the weights and loaded by transformers (`trust_remote_
 therefore imports nothing but torch, transformers and the standard library.
 """
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,21 +20,37 @@ import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-# Model type and class-name stem of each supported family. Its sparse block must have a `gate`, and
-# `experts` that are called with hidden states, expert ids and gates.
+# Model type and class-name stem of each supported family. Its sparse block must have a router (of
+# any kind, and with any biases), and `experts` that are called with hidden states, ids and gates.
 FAMILIES = {
+    "afmoe": "Afmoe",
+    "deepseek_v2": "DeepseekV2",
+    "deepseek_v3": "DeepseekV3",
+    "ernie4_5_moe": "Ernie4_5_Moe",
+    "glm4_moe": "Glm4Moe",
+    "gpt_oss": "GptOss",
+    "granitemoe": "GraniteMoe",
+    "hunyuan_v1_moe": "HunYuanMoEV1",
+    "jamba": "Jamba",
+    "lfm2_moe": "Lfm2Moe",
+    "minimax": "MiniMax",
+    "minimax_m2": "MiniMaxM2",
     "mixtral": "Mixtral",
     "olmoe": "Olmoe",
+    "phimoe": "Phimoe",
     "qwen2_moe": "Qwen2Moe",
     "qwen3_moe": "Qwen3Moe",
+    "qwen3_next": "Qwen3Next",
 }
 
-_EXPERTS_ARGUMENTS = ("hidden_states", "top_k_index", "top_k_weights")
+_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_ROUTERS = ("gate", "router")
+_EXPERT_IDS = ("top_k_index", "router_indices")
 _FAULTS_SHOWN = 20
 
 
 class _MappedConfig:
-    """Adds `experts_per_layer`: MoE layer index -> stored experts. `num_experts` stays E."""
+    """Adds `experts_per_layer`: MoE layer index -> stored experts. The family's count stays E."""
 
     experts_per_layer: dict[str, int] | None
 
@@ -50,10 +67,11 @@ class _MappedCausalLM(PreTrainedModel):
     _auto_class = "AutoModelForCausalLM"  # save_pretrained then puts this file beside the weights
 
     def __init__(self, config: PreTrainedConfig) -> None:
-        # E experts are never allocated, not even for a moment: the family builds blocks with one.
-        with _expert_count(config, 1):
+        # E experts are never allocated, not even for a moment. Two, because some families take a
+        # layer with one expert for a dense one.
+        with _expert_count(config, 2):
             super().__init__(config)
-        self.num_experts = config.num_experts  # read by the load-balancing loss
+        self.num_experts = _router_width(config)  # read by the load-balancing loss
         _insert_merged_experts(self)
         self.init_weights()  # skips what the family has initialised already
         self.register_load_state_dict_post_hook(_check_expert_maps)
@@ -83,38 +101,67 @@ def _expert_count(config: PreTrainedConfig, count: int) -> Iterator[None]:
     The config is changed and put back rather than copied: modules keep a reference to it, and
     later changes, such as another attention or experts implementation, must reach all of them.
     """
-    router_width = config.num_experts
-    config.num_experts = count
+    before = {key: getattr(config, key) for key in _EXPERT_COUNTS if hasattr(config, key)}
+    for key in before:
+        setattr(config, key, count)
     try:
         yield
     finally:
-        config.num_experts = router_width
+        for key, value in before.items():
+            setattr(config, key, value)
+
+
+def _router_width(config: PreTrainedConfig) -> int:
+    """E; families call it differently."""
+    return next(int(getattr(config, key)) for key in _EXPERT_COUNTS if hasattr(config, key))
 
 
 def _moe_blocks(model: PreTrainedModel) -> dict[int, Any]:
     """Decoder layer index -> its sparse block; dense layers are absent."""
     return {
-        index: module
+        index: layer.get_submodule(path)
         for index, layer in enumerate(model.base_model.layers)
-        for module in layer.modules()
-        if hasattr(module, "gate") and hasattr(module, "experts")
+        if (path := _block_path(layer)) is not None
     }
+
+
+def _block_path(layer: nn.Module) -> str | None:
+    """Where the sparse block of a layer is; None in a dense layer."""
+    for path, module in layer.named_modules():
+        children = dict(module.named_children())
+        if "experts" in children and any(router in children for router in _ROUTERS):
+            return path
+    return None
 
 
 def _insert_merged_experts(model: PreTrainedModel) -> None:
     config, blocks = model.config, _moe_blocks(model)
     _check_experts_per_layer(config, list(blocks))
-    for layer, block in blocks.items():
-        block.gate = type(block.gate)(config)  # weight [E, H]
-        kept = config.experts_per_layer[str(layer)]
-        block.experts = _merged_experts(type(block.experts), config, kept)
+    for index, block in blocks.items():
+        layer = model.base_model.layers[index]
+        kept = config.experts_per_layer[str(index)]
+        layer.set_submodule(_block_path(layer), _mapped_block(block, config, index, kept))
+
+
+def _mapped_block(block: Any, config: PreTrainedConfig, layer: int, kept: int) -> nn.Module:
+    """The family's block with a router for E experts, of which `kept` are stored."""
+    parameters = inspect.signature(type(block)).parameters
+    position = {"layer_idx": layer} if "layer_idx" in parameters else {}
+    device = block.experts.down_proj.device
+    with torch.device("meta"):  # the E experts that this makes have no memory
+        wide = type(block)(config, **position)
+    wide.experts = nn.Module()
+    wide.to_empty(device=device)
+    wide.experts = _merged_experts(type(block.experts), config, kept)
+    return wide.train(block.training)
 
 
 def _merged_experts(family: type[nn.Module], config: PreTrainedConfig, kept: int) -> nn.Module:
-    """The family's fused experts, gate_up_proj [K, 2I, H] and down_proj [K, H, I], and the map."""
+    """The family's fused experts, [K, ...] instead of [E, ...], and the map."""
     with _expert_count(config, kept):
         experts = family(config)
-    experts.register_buffer("expert_map", torch.arange(config.num_experts) % kept)  # int64 [E]
+    expert_map = torch.arange(_router_width(config)) % kept
+    experts.register_buffer("expert_map", expert_map)  # int64 [E]
     experts.register_forward_pre_hook(_redirect, with_kwargs=True)
     return experts
 
@@ -123,17 +170,20 @@ def _redirect(
     experts: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Replaces original expert ids [T, k] by stored ones. Gates stay as they are."""
-    call = dict(zip(_EXPERTS_ARGUMENTS, args, strict=False)) | kwargs
-    call["top_k_index"] = experts.get_buffer("expert_map")[call["top_k_index"]]
-    return tuple(call[name] for name in _EXPERTS_ARGUMENTS), {}
+    expert_map = experts.get_buffer("expert_map")
+    if len(args) > 1:  # hidden states, ids, gates
+        return (args[0], expert_map[args[1]], *args[2:]), kwargs
+    name = next(name for name in _EXPERT_IDS if name in kwargs)
+    return args, kwargs | {name: expert_map[kwargs[name]]}
 
 
 def _check_experts_per_layer(config: PreTrainedConfig, layers: list[int]) -> None:
     kept = config.experts_per_layer or {}
     if set(kept) != {str(layer) for layer in layers}:
         raise ValueError(f"experts_per_layer names layers {list(kept)}; MoE layers are {layers}")
-    if wrong := {layer: n for layer, n in kept.items() if not 1 <= n <= config.num_experts}:
-        raise ValueError(f"experts_per_layer must lie in 1..{config.num_experts}, found {wrong}")
+    width = _router_width(config)
+    if wrong := {layer: n for layer, n in kept.items() if not 1 <= n <= width}:
+        raise ValueError(f"experts_per_layer must lie in 1..{width}, found {wrong}")
 
 
 def _check_expert_maps(model: PreTrainedModel, _: object = None) -> None:

@@ -23,10 +23,10 @@ def main() -> None:
 def examine(folder: Path, expected: dict[str, Any]) -> dict[str, Any]:
     """Opens the folder and says what was found; `problems` is empty when all is well."""
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     torch.set_num_threads(expected["threads"])
-    model, info = AutoModelForCausalLM.from_pretrained(
+    model, info = getattr(transformers, expected["opens_with"]).from_pretrained(
         folder,
         dtype="auto",
         output_loading_info=True,
@@ -36,7 +36,7 @@ def examine(folder: Path, expected: dict[str, Any]) -> dict[str, Any]:
     model.eval()
     faults = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
     problems = [f"{key}: {sorted(map(str, info[key]))[:4]}" for key in faults if info.get(key)]
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = sum(tensor.numel() for tensor in _stored(model))
     if parameters != expected["parameters"]:
         problems.append(f"{parameters:,} parameters, expected {expected['parameters']:,}")
     problems += [
@@ -54,13 +54,23 @@ def examine(folder: Path, expected: dict[str, Any]) -> dict[str, Any]:
     return found | {"problems": problems}
 
 
+def _stored(model: Any) -> list[Any]:
+    """Parameters, each once, and the floating buffers that checkpoints hold (correction biases)."""
+    kept = set(model.state_dict())
+    buffers = [b for name, b in model.named_buffers() if name in kept and b.is_floating_point()]
+    return [*model.parameters(), *buffers]
+
+
 def _logits(model: Any) -> Any:
     import torch
 
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, _TOKENS, generator=generator)
+    inputs = {"input_ids": ids, "use_cache": False}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids
     with torch.inference_mode():
-        return model(input_ids=ids, use_cache=False).logits.float()
+        return model(**inputs).logits.float()
 
 
 def _expanded_difference(mapped: Any, base_config: dict[str, Any]) -> float:
@@ -71,8 +81,8 @@ def _expanded_difference(mapped: Any, base_config: dict[str, Any]) -> float:
     for name in [n for n in state if n.endswith(".expert_map")]:
         slots = state.pop(name)
         block = name.removesuffix("expert_map")
-        for part in ("gate_up_proj", "down_proj"):
-            state[block + part] = state[block + part][slots]
+        for part in [n for n in state if n.startswith(block)]:
+            state[part] = state[part][slots]
     plain = AutoModelForCausalLM.from_config(AutoConfig.for_model(**base_config))
     plain.load_state_dict(state)
     return float((_logits(plain.float().eval()) - _logits(mapped.float())).abs().max())

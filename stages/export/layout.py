@@ -10,16 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.checkpoint import FLOAT_NAMES
 from models.expert import Expert
-from models.families import layer_of
 from models.moe import MoeCheckpoint
 from stages.export.config import ExportConfig
 from stages.export.formats import FORMATS
 from stages.group.budget import Sizes
 from stages.group.decision import LayerDecision, from_labels
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.int64: "I64"}
+_NAMES = {getattr(torch, name): short for short, name in FLOAT_NAMES.items()} | {torch.int64: "I64"}
 _BY_ALIGNMENT = ("I64", "F64", "F32", "BF16", "F16", "U8")
 
 
@@ -38,31 +37,41 @@ def file_layouts(
 ) -> list[FileLayout]:
     """Layouts of all output files, decoder layers first, in order."""
     by_layer = {decision.layer: decision for decision in decisions}
-    layers = sorted({layer for n in moe.checkpoint.tensors if (layer := layer_of(n)) is not None})
+    numbers = {moe.family.layer_of(name) for name in moe.checkpoint.tensors}
+    layers = sorted(layer for layer in numbers if layer is not None)
     return [_file(moe, layer, by_layer.get(layer), config) for layer in layers] + [
         _file(moe, None, None, config)
     ]
 
 
 def sizes(moe: MoeCheckpoint, config: ExportConfig) -> Sizes:
-    """What a budget in bytes is made of, measured on the two ends: all experts, and one fewer."""
+    """What a budget in bytes is made of, measured on two ends: all experts, and one step fewer."""
+    step = router_groups(moe, config)
     full = _total(moe, moe.num_experts, config)
-    less = _total(moe, moe.num_experts - 1, config)
+    less = _total(moe, moe.num_experts - step, config)
     layers = len(moe.layers)
-    per_expert = (full - less) // layers
+    per_expert = (full - less) // (layers * step)
     return Sizes(full - per_expert * moe.num_experts * layers, max(per_expert, 1), layers)
 
 
 def placeholder(moe: MoeCheckpoint, kept: Mapping[int, int]) -> list[LayerDecision]:
     """Decisions with the right counts, for sizes that are needed before statistics exist."""
     return [
-        from_labels(
-            layer,
-            [min(expert, kept[layer] - 1) for expert in range(moe.num_experts)],
-            [1.0] * moe.num_experts,
-        )
+        from_labels(layer, _spread(moe, kept[layer]), [1.0] * moe.num_experts)
         for layer in moe.layers
     ]
+
+
+def router_groups(moe: MoeCheckpoint, config: ExportConfig) -> int:
+    """Parts of a layer that must keep equal numbers of experts: the native router's groups."""
+    return moe.router_groups if config.format == "native" else 1
+
+
+def _spread(moe: MoeCheckpoint, kept: int) -> list[int | None]:
+    """A representative for every expert; as many in every router group if that is possible."""
+    groups = moe.router_groups if kept % moe.router_groups == 0 else 1
+    size, each = moe.num_experts // groups, kept // groups
+    return [e // size * size + min(e % size, each - 1) for e in range(moe.num_experts)]
 
 
 def _total(moe: MoeCheckpoint, kept: int, config: ExportConfig) -> int:
@@ -74,27 +83,22 @@ def _file(
     moe: MoeCheckpoint, layer: int | None, decision: LayerDecision | None, config: ExportConfig
 ) -> FileLayout:
     form = FORMATS[config.format]
-    tensors = {form.dense_name(moe, n): _meta(moe, n) for n in moe.dense_names(layer)}
+    infos = moe.checkpoint.tensors
+    tensors = {form.dense_name(moe, n): infos[n].meta() for n in moe.dense_names(layer)}
     if decision is not None:
-        merged = [_meta_expert(moe, decision.layer)] * len(decision.representatives)
-        router = _meta(moe, moe.family.router_name(decision.layer))
-        made = form.layer_tensors(moe, decision, merged, router, config)
-        tensors |= made
+        merged = [_meta_expert(moe, decision)] * len(decision.representatives)
+        routers = {name: infos[name].meta() for name in moe.router_names(decision.layer)}
+        tensors |= form.layer_tensors(moe, decision, merged, routers, config)
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
     floats = sum(t.numel() for t in tensors.values() if t.is_floating_point())
     return FileLayout(layer, nbytes, nbytes + _header_bytes(tensors), floats)
 
 
-def _meta(moe: MoeCheckpoint, name: str) -> Tensor:
-    info = moe.checkpoint.tensors[name]
-    dtype = DTYPES.get(info.dtype, torch.uint8)
-    shape = info.shape if info.dtype in DTYPES else (info.nbytes,)
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def _meta_expert(moe: MoeCheckpoint, layer: int) -> Expert:
-    names = moe.family.expert_tensor_names(layer, 0)
-    return Expert(**{part: _meta(moe, name) for part, name in names.items()})
+def _meta_expert(moe: MoeCheckpoint, decision: LayerDecision) -> Expert:
+    expert = moe.meta_expert(decision.layer)
+    if decision.width is None:
+        return expert
+    return expert.select(torch.arange(decision.width, device="meta"))
 
 
 def _header_bytes(tensors: Mapping[str, Tensor]) -> int:

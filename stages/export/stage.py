@@ -17,6 +17,7 @@ from safetensors import safe_open
 from models.atomic import link_or_copy, write_json
 from models.checkpoint import INDEX
 from models.moe import MoeCheckpoint
+from models.skeleton import unloaded_elements
 from stages.errors import GateError
 from stages.export.config import VERSION, ExportConfig
 from stages.export.formats import FORMATS, Format
@@ -141,17 +142,11 @@ def _expectations(unit: ExportUnit) -> dict[str, Any]:
     return {
         "threads": unit.threads,
         "needs_code": form.needs_code,
-        "parameters": sum(layout.parameters for layout in unit.layouts) - _tied(unit.moe),
+        "opens_with": unit.moe.family.auto_class,
+        "parameters": sum(each.parameters for each in unit.layouts) - unloaded_elements(unit.moe),
         "expanded_config": checkpoint.config if compare else None,
         "tolerance": _TOLERANCE,
     }
-
-
-def _tied(moe: MoeCheckpoint) -> int:
-    """Elements of a head that is stored although it shares the embedding's memory."""
-    head = moe.checkpoint.tensors.get("lm_head.weight")
-    tied = moe.checkpoint.config.get("tie_word_embeddings", False)
-    return head.shape[0] * head.shape[1] if head is not None and tied else 0
 
 
 def _fresh_process(folder: Path, expected: dict[str, Any]) -> dict[str, Any]:

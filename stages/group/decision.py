@@ -17,6 +17,8 @@ SCHEMA = pa.schema(
         ("is_representative", pa.bool_()),
         ("weight", pa.float64()),
         ("action", pa.string()),
+        # Neurons that every expert of the layer keeps; null: all.
+        ("width", pa.int32()),
         ("predicted_error", pa.float64()),
     ]
 )
@@ -34,6 +36,7 @@ class LayerDecision:
     group: tuple[int | None, ...]
     representatives: tuple[int, ...]
     weight: tuple[float, ...]
+    width: int | None = None
 
     @cached_property
     def members(self) -> tuple[tuple[int, ...], ...]:
@@ -72,6 +75,7 @@ def to_table(decisions: Sequence[LayerDecision], metadata: Mapping[str, str]) ->
             "is_representative": expert in decision.representatives,
             "weight": decision.weight[expert],
             "action": decision.action(expert),
+            "width": decision.width,
             "predicted_error": None,
         }
         for decision in sorted(decisions, key=lambda d: d.layer)
@@ -96,4 +100,11 @@ def _layer(layer: int, rows: list[dict[str, object]]) -> LayerDecision:
         if row["is_representative"] and group is not None
     )
     weights = tuple(float(str(row["weight"])) for row in rows)
-    return LayerDecision(layer, groups, tuple(expert for _, expert in chosen), weights)
+    width = rows[0]["width"]
+    return LayerDecision(
+        layer=layer,
+        group=groups,
+        representatives=tuple(expert for _, expert in chosen),
+        weight=weights,
+        width=None if width is None else int(str(width)),
+    )

@@ -11,13 +11,20 @@ from stages.group.config import AnyMethod
 from stages.group.decision import LayerDecision
 from stages.group.methods import DECIDE
 from stages.group.methods.base import keep_all
+from stages.group.router_groups import join, split
 from stages.group.super_experts import describe, protect, super_experts
 
 
 def decide(
-    config: AnyMethod, statistics: Sequence[LayerStatistics], sizes: Sizes
+    config: AnyMethod,
+    statistics: Sequence[LayerStatistics],
+    sizes: Sizes,
+    router_groups: int = 1,
 ) -> list[LayerDecision]:
     """Decisions for every layer, skipped ones included, in layer order.
+
+    With `router_groups` every group of neighbouring experts is decided as a layer of its own, so
+    that all keep the same number and experts merge within their group only.
 
     Raises:
         BudgetError: a budget that cannot be met.
@@ -33,7 +40,11 @@ def decide(
     found = [keep_all(each) for each in statistics if each.layer in skipped]
     if merged:
         total = total_experts(config.budget, len(merged), merged[0].num_experts, sizes)
-        found += DECIDE[config.method](config, merged, total)
+        if router_groups == 1:
+            found += DECIDE[config.method](config, merged, total)
+        else:
+            parts = [part for each in merged for part in split(each, router_groups)]
+            found += join(DECIDE[config.method](config, parts, total), merged, router_groups)
     return sorted(found, key=lambda decision: decision.layer)
 
 

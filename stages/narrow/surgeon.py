@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Removal is greedy in this many rounds, each with a fresh inverse: the share that stays shrinks by
-# the same factor every round.
-ROUNDS = 6
+# Neurons are removed in about this many blocks: within a block one by one and exactly, among the
+# least salient ones; all others are updated once per block, by matrix products.
+BLOCKS = 64
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Narrowed:
     energy: float  # squared output before
 
 
-def narrow(gram: Tensor, rows: Tensor, keep: int, ridge: float, rounds: int = ROUNDS) -> Narrowed:
+def narrow(gram: Tensor, rows: Tensor, keep: int, ridge: float, blocks: int = BLOCKS) -> Narrowed:
     """Keeps `keep` neurons of an expert.
 
     Args:
@@ -37,6 +37,7 @@ def narrow(gram: Tensor, rows: Tensor, keep: int, ridge: float, rounds: int = RO
         keep: I', 1 to I.
         ridge: added to the diagonal, in units of its mean: how much a token that was not seen
             counts. Keeps rarely active neurons from looking free.
+        blocks: how often all that remain are judged anew.
 
     Raises:
         ValueError: `keep` is out of range.
@@ -45,9 +46,15 @@ def narrow(gram: Tensor, rows: Tensor, keep: int, ridge: float, rounds: int = RO
     if not 1 <= keep <= neurons:
         raise ValueError(f"cannot keep {keep} of {neurons} neurons")
     damped = damp(gram, ridge)
-    kept = torch.arange(neurons)
-    for count in schedule(neurons, keep, rounds):
-        kept = kept[_most_salient(damped, rows, kept, count)]
+    kept, block = torch.arange(neurons), -(-neurons // blocks)
+    if keep < neurons:
+        inverse, current = torch.cholesky_inverse(torch.linalg.cholesky(damped)), rows.clone()
+        while len(kept) > keep:
+            gone = _least_salient(inverse, current, min(block, len(kept) - keep))
+            stays = torch.ones(len(kept), dtype=torch.bool)
+            stays[gone] = False
+            inverse, current = _without(inverse, current, gone, stays)
+            kept = kept[stays]
     return _resolved(damped, rows, kept)
 
 
@@ -62,20 +69,34 @@ def damp(gram: Tensor, ridge: float) -> Tensor:
     return gram + torch.eye(len(gram), dtype=torch.float64) * (ridge * mean)
 
 
-def schedule(neurons: int, keep: int, rounds: int) -> list[int]:
-    """Neurons left after every round, in geometric steps, ending with `keep`."""
-    steps = [round(neurons * (keep / neurons) ** (i / rounds)) for i in range(1, rounds + 1)]
-    return sorted({min(max(step, keep), neurons) for step in steps}, reverse=True)
+def _least_salient(inverse: Tensor, rows: Tensor, count: int) -> Tensor:
+    """[count] positions to remove: one after another, each the least salient once the ones before
+    it are gone. Looked for among twice as many that are the least salient now."""
+    order = torch.argsort(_saliency(inverse, rows), stable=True)[: 2 * count]
+    near, some = inverse[order][:, order].clone(), rows[order].clone()
+    chosen: list[int] = []
+    for _ in range(count):
+        saliency = _saliency(near, some)
+        saliency[chosen] = torch.inf
+        worst = int(saliency.argmin())
+        column = near[:, worst] / near[worst, worst]
+        some -= column[:, None] * some[worst]
+        near -= column[:, None] * near[worst]
+        near[worst, worst] = 1.0  # what is gone is never looked at again
+        chosen.append(worst)
+    return order[chosen]
 
 
-def _most_salient(gram: Tensor, rows: Tensor, kept: Tensor, count: int) -> Tensor:
-    """[count] positions in `kept`, ascending; ties go to the lower one."""
-    factor = torch.linalg.cholesky(gram[kept][:, kept])
-    current = torch.cholesky_solve(gram[kept] @ rows, factor)  # W re-solved on the kept neurons
-    inverse = torch.cholesky_inverse(factor).diagonal()
-    saliency = current.square().sum(dim=1) / inverse
-    order = torch.argsort(saliency, descending=True, stable=True)
-    return order[:count].sort().values
+def _saliency(inverse: Tensor, rows: Tensor) -> Tensor:
+    """[n] what removing each neuron alone would cost: |W_c|^2 / (G^-1)_cc."""
+    return rows.square().sum(dim=1) / inverse.diagonal()
+
+
+def _without(inverse: Tensor, rows: Tensor, gone: Tensor, stays: Tensor) -> tuple[Tensor, Tensor]:
+    """Inverse and re-solved rows of the neurons that stay, by block elimination."""
+    beside = inverse[stays][:, gone]
+    factors = torch.linalg.solve(inverse[gone][:, gone], beside.T).T  # [stay, gone]
+    return inverse[stays][:, stays] - factors @ beside.T, rows[stays] - factors @ rows[gone]
 
 
 def _resolved(gram: Tensor, rows: Tensor, kept: Tensor) -> Narrowed:

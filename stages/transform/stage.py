@@ -1,34 +1,47 @@
-"""The per-layer job: read a layer, align and merge its groups, write its finished file.
+"""The per-layer job: read a layer, align and merge its groups, narrow and refit, write its file.
 
-Nothing else is needed than the layer's own tensors and its rows of the decision table, so layers
-run anywhere, in any order, and the memory is that of one layer.
+Nothing else is needed than the layer's own tensors, its rows of the decision table and, for a
+refit, its input sample, so layers run anywhere, in any order, and the memory is that of one layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from models.atomic import staged
 from models.errors import CheckpointError
 from models.expert import Expert
+from models.expert_function import check_function
 from models.moe import MoeCheckpoint
+from models.routing import route
 from stages.align.config import VERSION as ALIGN_VERSION
 from stages.align.config import AlignConfig
 from stages.align.matching import align, squared_distance
+from stages.errors import StatisticsError
 from stages.export.config import VERSION as EXPORT_VERSION
 from stages.export.config import ExportConfig
 from stages.export.formats import FORMATS
 from stages.export.layout import FileLayout
 from stages.group.decision import LayerDecision
+from stages.inputs.read import LayerInputs
 from stages.merge.config import VERSION as MERGE_VERSION
 from stages.merge.config import MergeConfig
 from stages.merge.mean import merge
+from stages.narrow.config import VERSION as NARROW_VERSION
+from stages.narrow.config import NarrowConfig
+from stages.refit.config import VERSION as REFIT_VERSION
+from stages.refit.config import RefitConfig
+from stages.refit.layer import Reduction, reduce_experts
 from stages.unit import Fingerprint, OneFile
+
+# Tokens on which the known expert function is compared with the family's own.
+_COMPARED = 16
 
 
 @dataclass(frozen=True)
@@ -44,6 +57,10 @@ class TransformUnit(OneFile):
     output: Path
     model: str  # fingerprint of the model
     variant: str = "compressed"
+    narrow: NarrowConfig = field(default_factory=NarrowConfig)
+    refit: RefitConfig = field(default_factory=lambda: RefitConfig(enabled=False))
+    # Sample of what enters the layer, and its digest; None: there is none, and nothing is refitted.
+    inputs: tuple[Path, str] | None = None
 
     @property
     def name(self) -> str:
@@ -65,6 +82,30 @@ class TransformUnit(OneFile):
             "decision": None
             if decision is None
             else [list(decision.group), list(decision.representatives), list(decision.weight)],
+        } | self._reduction
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether narrowing or a refit is to be done in this layer."""
+        decision = self.decision
+        if decision is None:
+            return False
+        fewer = len(decision.representatives) < self.moe.num_experts
+        return decision.width is not None or (self.refit.enabled and fewer)
+
+    @property
+    def _reduction(self) -> Fingerprint:
+        """What a narrowed or refitted layer depends on beside the rest."""
+        if not self.needs_inputs or self.decision is None:
+            return {}
+        return {
+            "reduction": {
+                "code": f"narrow-{NARROW_VERSION} refit-{REFIT_VERSION}",
+                "width": self.decision.width,
+                "narrow": self.narrow.model_dump(mode="json"),
+                "refit": self.refit.model_dump(mode="json"),
+                "inputs": None if self.inputs is None else self.inputs[1],
+            }
         }
 
 
@@ -118,14 +159,62 @@ def run_one(unit: TransformUnit) -> dict[str, Any]:
     result: dict[str, Any] = {"tensors": len(tensors)}
     if unit.decision is not None:
         merged, distances = merge_groups(unit.moe, unit.decision, unit.align, unit.merge)
-        router = unit.moe.read_router(unit.decision.layer)
-        tensors |= form.layer_tensors(unit.moe, unit.decision, merged, router, unit.export)
+        routers = unit.moe.checkpoint.read(unit.moe.router_names(unit.decision.layer))
+        if unit.needs_inputs:
+            reduction = reduce_layer(unit, unit.decision, merged, routers)
+            merged = reduction.experts
+            result |= reduction.facts
+        tensors |= form.layer_tensors(unit.moe, unit.decision, merged, routers, unit.export)
         result |= {"experts": len(merged)} | distances
     _refuse_non_finite(unit, tensors)
     with staged(unit.output) as path:
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         save_file(contiguous, path, metadata={"format": "pt"})
     return result | {"tensors": len(tensors), "bytes": unit.output.stat().st_size}
+
+
+def reduce_layer(
+    unit: TransformUnit,
+    decision: LayerDecision,
+    merged: list[Expert],
+    routers: dict[str, Tensor],
+) -> Reduction:
+    """Narrows and refits the experts that are kept, routed as they will be.
+
+    Raises:
+        StatisticsError: there is no sample of what enters the layer.
+        CheckpointError: the family's experts compute a function that is not known here.
+    """
+    if unit.inputs is None:
+        raise StatisticsError(
+            f"{unit.name} is to be narrowed or refitted, and its inputs were not sampled",
+            "set calibrate.sample.tokens, or refit.enabled=false and a method that keeps the width",
+        )
+    inputs = LayerInputs.read(unit.inputs[0])
+    check_function(unit.moe, decision.layer, inputs.hidden[:_COMPARED])
+    routing = _routing(unit, decision, merged, routers, inputs)
+    return reduce_experts(
+        unit.moe, merged, decision.width, inputs, routing, unit.narrow, unit.refit
+    )
+
+
+def _routing(
+    unit: TransformUnit,
+    decision: LayerDecision,
+    merged: list[Expert],
+    routers: dict[str, Tensor],
+    inputs: LayerInputs,
+) -> tuple[Tensor, Tensor]:
+    """ids [N, k] among the kept experts and gates [N, k], as the output's router will choose."""
+    form = FORMATS[unit.export.format]
+    fewer = len(merged) < unit.moe.num_experts
+    if fewer and unit.export.format == "native":
+        tensors = form.layer_tensors(unit.moe, decision, merged, routers, unit.export)
+        config = form.config_json(unit.moe, [decision])
+        cut = {name: tensors[name] for name in routers}
+        return route(unit.moe, config, decision.layer, cut, inputs.hidden)
+    group = torch.tensor([-1 if each is None else each for each in decision.group])
+    return group[inputs.ids], inputs.gates
 
 
 def merge_groups(

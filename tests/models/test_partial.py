@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import torch
 
-from models.checkpoint import Checkpoint
+from models.checkpoint import Checkpoint, Piece
 from models.errors import CheckpointError
 from models.moe import MoeCheckpoint
 from models.partial import experts_module, load_part
@@ -53,13 +54,14 @@ def test_no_tensor_of_an_absent_expert_is_read(
     moe: MoeCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
-    read = Checkpoint.read
+    read = Checkpoint.read_pieces
 
-    def recorded(self: Checkpoint, names: list[str]) -> dict[str, torch.Tensor]:
-        asked.extend(names)
-        return read(self, names)
+    def recorded(self: Checkpoint, pieces: Iterable[Piece]) -> dict[Piece, torch.Tensor]:
+        wanted = list(pieces)
+        asked.extend(name for name, _ in wanted)
+        return read(self, wanted)
 
-    monkeypatch.setattr(Checkpoint, "read", recorded)
+    monkeypatch.setattr(Checkpoint, "read_pieces", recorded)
     load_part(moe, range(2, 4), "auto")
 
     absent = {

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from models.checkpoint import Checkpoint
-from models.families import FAMILIES
+from models.families import FAMILIES, REFUSED
 from orchestrator.load import recipes
 from stages.export.formats import FORMATS
 from stages.group.config import METHODS
@@ -92,7 +92,7 @@ def test_no_words_at_all_show_the_help(coalesce: Command) -> None:
     ("what", "names"),
     [
         ("methods", set(METHODS)),
-        ("families", set(FAMILIES)),
+        ("families", {*FAMILIES, *REFUSED}),
         ("recipes", set(recipes())),
         ("exporters", set(FORMATS)),
     ],

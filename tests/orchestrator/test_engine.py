@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from models.families import layer_of
 from orchestrator import engine, estimate
 from orchestrator.engine import choose
 from orchestrator.events import Event
@@ -119,7 +118,7 @@ def test_free_memory_is_a_share_of_what_the_machine_has() -> None:
 def test_streaming_is_estimated_as_rest_and_one_layer(inputs: Inputs) -> None:
     run = prepared(inputs)
     tensors = run.moe.checkpoint.tensors.values()
-    rest = sum(info.nbytes for info in tensors if layer_of(info.name) is None)
+    rest = sum(info.nbytes for info in tensors if run.moe.family.layer_of(info.name) is None)
     layers = run.moe.checkpoint.nbytes - rest
     largest = max(run.moe.layer_bytes(layer) for layer in run.moe.layers)
 

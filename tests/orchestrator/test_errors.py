@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from cluster.errors import InfrastructureError
-from models.errors import CheckpointError, DiskFull, UnknownFamily, UserError
+from models.errors import CheckpointError, DiskFull, UnknownFamily, UnsupportedFeature, UserError
 from orchestrator import cli
 from orchestrator.errors import ConfigError, RunFolderError, exit_code
 from stages.errors import BudgetError, DataError, GateError, StaleUnit, StatisticsError
@@ -25,6 +25,7 @@ KINDS: list[type[UserError]] = [
     StaleUnit,
     StatisticsError,
     UnknownFamily,
+    UnsupportedFeature,
 ]
 
 

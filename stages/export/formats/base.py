@@ -28,10 +28,18 @@ class Format(Protocol):
         moe: MoeCheckpoint,
         decision: LayerDecision,
         merged: Sequence[Expert],
-        router: Tensor,
+        routers: Mapping[str, Tensor],
         config: ExportConfig,
     ) -> dict[str, Tensor]:
-        """Name -> tensor of router and experts; `merged` has one expert per group."""
+        """Name -> tensor of router and experts.
+
+        Args:
+            moe: the original.
+            decision: what becomes of the layer.
+            merged: one expert per group.
+            routers: disk name -> the router's weight and biases, with all E entries.
+            config: how the router is cut.
+        """
 
     def dense_name(self, moe: MoeCheckpoint, name: str) -> str:
         """The name of a tensor outside router and experts."""

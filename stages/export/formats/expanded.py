@@ -12,7 +12,7 @@ from models.expert import Expert
 from models.moe import MoeCheckpoint
 from stages.errors import BudgetError
 from stages.export.config import ExportConfig
-from stages.export.formats.native import named_experts
+from stages.export.formats.native import check_widths, named_experts, narrowed
 from stages.group.decision import LayerDecision
 
 
@@ -24,13 +24,14 @@ class Expanded:
     def check(self, moe: MoeCheckpoint, decisions: Sequence[LayerDecision]) -> None:
         """Every expert needs a group to be redirected to."""
         refuse_dropped(decisions, "expanded")
+        check_widths(moe, decisions)
 
     def layer_tensors(
         self,
         moe: MoeCheckpoint,
         decision: LayerDecision,
         merged: Sequence[Expert],
-        router: Tensor,
+        routers: Mapping[str, Tensor],
         config: ExportConfig,
     ) -> dict[str, Tensor]:
         """E experts, members of a group alike, and the router untouched."""
@@ -38,7 +39,7 @@ class Expanded:
         # safetensors stores no aliases: every slot needs memory of its own.
         copies = [expert.map(Tensor.clone) for expert in slots]
         return {
-            moe.family.router_name(decision.layer): router,
+            **routers,
             **named_experts(moe, decision.layer, copies),
         }
 
@@ -48,7 +49,8 @@ class Expanded:
 
     def config_json(self, moe: MoeCheckpoint, decisions: Sequence[LayerDecision]) -> dict[str, Any]:
         """As many experts as before."""
-        return moe.family.with_num_experts(moe.checkpoint.config, moe.num_experts)
+        config = moe.family.with_num_experts(moe.checkpoint.config, moe.num_experts)
+        return narrowed(moe, decisions, config)
 
     def extra_files(self) -> Mapping[str, Path]:
         """None."""

@@ -12,6 +12,8 @@ from torch import Tensor
 from models.expert import Expert
 from models.mapped.registration import config_json, modeling_source
 from models.moe import MoeCheckpoint
+from models.support import require
+from stages.errors import BudgetError
 from stages.export.config import ExportConfig
 from stages.export.formats.expanded import refuse_dropped
 from stages.group.decision import LayerDecision
@@ -25,25 +27,30 @@ class Mapped:
 
     def check(self, moe: MoeCheckpoint, decisions: Sequence[LayerDecision]) -> None:
         """Every expert needs a group; any number per layer will do."""
+        require(moe.family, "mapped")
         refuse_dropped(decisions, "mapped")
+        if any(decision.width is not None for decision in decisions):
+            raise BudgetError(
+                "the mapped format holds experts of full width", "use export.format=native"
+            )
 
     def layer_tensors(
         self,
         moe: MoeCheckpoint,
         decision: LayerDecision,
         merged: Sequence[Expert],
-        router: Tensor,
+        routers: Mapping[str, Tensor],
         config: ExportConfig,
     ) -> dict[str, Tensor]:
-        """gate_up_proj [K, 2I, H], down_proj [K, H, I], expert_map [E], router [E, H]."""
-        block = f"model.layers.{decision.layer}.{moe.family.memory_block}."
-        gate_up = [torch.cat([_gate(expert), expert.up]) for expert in merged]
-        expert_map = torch.tensor(decision.group, dtype=torch.int64)
+        """Fused experts [K, ...], expert_map [E], and the router untouched, all as in memory."""
+        storage = moe.family.memory_experts
+        if storage is None:
+            raise NotImplementedError(f"{moe.family.model_type} has no mapped form")
+        block = moe.family.memory_prefix(decision.layer)
         return {
-            block + moe.family.router: router,
-            block + "experts.gate_up_proj": torch.stack(gate_up),
-            block + "experts.down_proj": torch.stack([expert.down for expert in merged]),
-            block + "experts.expert_map": expert_map,
+            **{moe.family.memory_name(name): tensor for name, tensor in routers.items()},
+            **{block + name: tensor for name, tensor in storage.pack(merged).items()},
+            block + "experts.expert_map": torch.tensor(decision.group, dtype=torch.int64),
         }
 
     def dense_name(self, moe: MoeCheckpoint, name: str) -> str:
@@ -58,9 +65,3 @@ class Mapped:
     def extra_files(self) -> Mapping[str, Path]:
         """The modeling file."""
         return {modeling_source().name: modeling_source()}
-
-
-def _gate(expert: Expert) -> Tensor:
-    if expert.gate is None:
-        raise NotImplementedError("the modeling file knows gated experts only")
-    return expert.gate

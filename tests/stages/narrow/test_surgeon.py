@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stages.narrow.surgeon import damp, narrow, schedule
+from stages.narrow.surgeon import damp, narrow
 from tests.tiny import PROPERTY
 
 SEEDS = st.integers(0, 2**16)
@@ -39,7 +39,7 @@ def test_one_neuron_fewer_is_the_best_choice(seed: int) -> None:
         error_without(hidden, rows, [n for n in range(WIDTH) if n != gone]) for gone in range(WIDTH)
     ]
 
-    found = narrow(hidden.T @ hidden, rows, WIDTH - 1, ridge=0.0, rounds=1)
+    found = narrow(hidden.T @ hidden, rows, WIDTH - 1, ridge=0.0)
 
     gone = (set(range(WIDTH)) - set(found.kept.tolist())).pop()
     assert errors[gone] == pytest.approx(min(errors), rel=1e-6)
@@ -47,11 +47,11 @@ def test_one_neuron_fewer_is_the_best_choice(seed: int) -> None:
 
 
 @PROPERTY
-@given(seed=SEEDS, keep=st.integers(1, WIDTH), rounds=st.integers(1, 8))
-def test_the_error_is_that_of_the_solved_rows(seed: int, keep: int, rounds: int) -> None:
+@given(seed=SEEDS, keep=st.integers(1, WIDTH), blocks=st.integers(1, 8))
+def test_the_error_is_that_of_the_solved_rows(seed: int, keep: int, blocks: int) -> None:
     hidden, rows = expert(seed)
 
-    found = narrow(hidden.T @ hidden, rows, keep, ridge=0.0, rounds=rounds)
+    found = narrow(hidden.T @ hidden, rows, keep, ridge=0.0, blocks=blocks)
 
     kept = found.kept.tolist()
     assert len(kept) == keep and kept == sorted(set(kept))
@@ -107,15 +107,29 @@ def test_all_neurons_stay_as_they_are() -> None:
 
 
 @PROPERTY
-@given(neurons=st.integers(1, 500), keep=st.integers(1, 500), rounds=st.integers(1, 9))
-def test_the_schedule_shrinks_to_the_goal(neurons: int, keep: int, rounds: int) -> None:
-    keep = min(keep, neurons)
+@given(seed=SEEDS, keep=st.integers(1, WIDTH - 1))
+def test_removal_is_greedy_one_by_one(seed: int, keep: int) -> None:
+    """The oracle: the cheapest neuron goes, everything is solved again, and so on."""
+    hidden, rows = expert(seed)
+    kept = list(range(WIDTH))
+    while len(kept) > keep:
+        rest = [[n for n in kept if n != gone] for gone in kept]
+        kept = min(rest, key=lambda each: error_without(hidden, rows, each))
 
-    steps = schedule(neurons, keep, rounds)
+    found = narrow(hidden.T @ hidden, rows, keep, ridge=0.0)
 
-    assert steps[-1] == keep
-    assert steps == sorted(set(steps), reverse=True)
-    assert steps[0] <= neurons
+    assert found.kept.tolist() == kept
+
+
+def test_of_two_equal_neurons_one_stays() -> None:
+    """Both look free as long as the other is there."""
+    hidden, rows = expert(3)
+    twice, both = torch.cat([hidden, hidden], dim=1), torch.cat([rows, rows])
+
+    for blocks in (1, 3, 64):
+        found = narrow(twice.T @ twice, both, WIDTH, ridge=1e-9, blocks=blocks)
+
+        assert sorted(n % WIDTH for n in found.kept.tolist()) == list(range(WIDTH))
 
 
 def test_damping_is_in_units_of_the_mean_diagonal() -> None:

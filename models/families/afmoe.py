@@ -1,0 +1,9 @@
+"""AFMoE (Trinity): sigmoid router, correction bias in the block, shared experts."""
+
+from models.families.base import Family, RouterTensor
+
+FAMILY = Family(
+    model_type="afmoe",
+    router="router.gate.weight",
+    router_biases=(RouterTensor("expert_bias"),),
+)

@@ -1,0 +1,175 @@
+"""A reduced layer fitted to the original one, on the sample of what enters it.
+
+Needs the layer's original experts, the reduced ones, and the sample: nothing of any other layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.expert import Expert
+from models.expert_function import Activation, activation, activations, output
+from models.moe import MoeCheckpoint
+from stages.inputs.read import LayerInputs
+from stages.narrow.config import NarrowConfig
+from stages.narrow.surgeon import narrow
+from stages.refit.config import RefitConfig
+from stages.refit.problem import Problem
+from stages.refit.ridge import gram
+from stages.refit.solve import refit
+from stages.refit.usage import Usage, usage
+
+# Tokens that stand for the whole layer where an expert has too few of its own.
+_BACKGROUND_TOKENS = 2048
+
+
+@dataclass
+class Reduction:
+    """What becomes of a layer's experts, and how well; errors are shares of the output energy."""
+
+    experts: list[Expert]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@torch.inference_mode()
+def target_of(moe: MoeCheckpoint, inputs: LayerInputs) -> Tensor:
+    """[N, H] fp64: what the original routed experts add up to, one expert in memory at a time."""
+    act, x = activation(moe.checkpoint.config), inputs.hidden.float()
+    total = torch.zeros(x.shape, dtype=torch.float64)
+    for index, each in enumerate(usage(inputs.ids, inputs.gates, moe.num_experts)):
+        expert = moe.read_expert(inputs.layer, index).map(Tensor.float)
+        made = output(expert, activations(expert, x[each.tokens], act))
+        total.index_add_(0, each.tokens, made.double() * each.gates[:, None])
+    return total
+
+
+@torch.inference_mode()
+def reduce_experts(
+    moe: MoeCheckpoint,
+    experts: Sequence[Expert],
+    width: int | None,
+    inputs: LayerInputs,
+    routing: tuple[Tensor, Tensor],
+    narrow_config: NarrowConfig,
+    refit_config: RefitConfig,
+) -> Reduction:
+    """Narrows `experts` to `width` neurons, then refits their down projections together.
+
+    Args:
+        experts: those that are kept, as merged, in their stored type.
+        routing: ids [N, k] among `experts` (negative: gone) and gates [N, k] on the sample.
+    """
+    act, x = activation(moe.checkpoint.config), inputs.hidden.float()
+    use = usage(*routing, len(experts))
+    wide = [expert.map(Tensor.float) for expert in experts]
+    rows = [expert.down.T.double() for expert in wide]
+    found = Reduction(wide)
+    if width is not None and width < wide[0].neurons:
+        rows = _narrow_all(found, rows, width, x, use, act, narrow_config)
+    if refit_config.enabled:
+        target = target_of(moe, inputs) - _biases(wide, use, x)
+        rows = _refit_all(found, rows, target, inputs, use, act, refit_config)
+    found.experts = [
+        replace(each, down=row.T.contiguous()).map(lambda t: t.to(experts[0].down.dtype))
+        for each, row in zip(found.experts, rows, strict=True)
+    ]
+    return found
+
+
+def held_out(inputs: LayerInputs, share: float) -> Tensor:
+    """[N] bool: whole blocks of text, evenly spread; single tokens if there is one block only."""
+    blocks, rank = torch.unique(inputs.block, return_inverse=True)
+    if len(blocks) == 1:
+        rank = torch.arange(len(inputs))
+    chosen: Tensor = rank % max(round(1 / share), 2) == 0
+    return chosen
+
+
+def _narrow_all(
+    found: Reduction,
+    rows: list[Tensor],
+    width: int,
+    x: Tensor,
+    use: Sequence[Usage],
+    act: Activation,
+    config: NarrowConfig,
+) -> list[Tensor]:
+    """The rows of every narrowed expert, [I', H] fp64; `found.experts` lose the others' neurons."""
+    solved, error, energy, borrowed = [], 0.0, 0.0, []
+    for index, (expert, each) in enumerate(zip(found.experts, use, strict=True)):
+        features = activations(expert, x[each.tokens], act).double() * each.gates[:, None]
+        products = gram(features)
+        missing = config.tokens_per_neuron * width - len(each.tokens)
+        if missing > 0:
+            products = products + missing * _background(expert, x, use, act)
+            borrowed.append(index)
+        narrowed = narrow(products, rows[index], width, config.ridge)
+        found.experts[index] = expert.select(narrowed.kept)
+        solved.append(narrowed.rows)
+        error, energy = error + narrowed.error, energy + narrowed.energy
+    found.facts |= {"narrow_error": error / max(energy, 1e-300), "few_tokens": borrowed}
+    return solved
+
+
+def _background(expert: Expert, x: Tensor, use: Sequence[Usage], act: Activation) -> Tensor:
+    """[I, I] the Gram matrix that one token of this layer adds on average, were it routed here."""
+    step = -(-len(x) // _BACKGROUND_TOKENS)
+    hidden = activations(expert, x[::step], act)
+    gates = torch.cat([each.gates for each in use])
+    return gram(hidden) * (gates.square().mean() / len(hidden))
+
+
+def _refit_all(
+    found: Reduction,
+    rows: list[Tensor],
+    target: Tensor,
+    inputs: LayerInputs,
+    use: Sequence[Usage],
+    act: Activation,
+    config: RefitConfig,
+) -> list[Tensor]:
+    """The refitted rows, [I', H] fp64 per expert."""
+    experts, x = found.experts, inputs.hidden.float()
+    problem = Problem(
+        inputs=x,
+        target=target,
+        use=use,
+        activations=lambda index, some: activations(experts[index], some, act),
+        neurons=experts[0].neurons,
+    )
+    fit = refit(
+        problem,
+        torch.cat(rows),
+        list(config.strengths),
+        held_out(inputs, config.held_out),
+        config.joint_limit,
+    )
+    found.facts |= {
+        name: getattr(fit, name)
+        for name in (
+            "strength",
+            "error_before",
+            "error_after",
+            "held_out_before",
+            "held_out_after",
+            "condition",
+            "tokens_per_unknown",
+        )
+    }
+    return [fit.weights[problem.rows(index)] for index in range(len(experts))]
+
+
+def _biases(experts: Sequence[Expert], use: Sequence[Usage], x: Tensor) -> Tensor | float:
+    """[N, H] what the kept experts' output biases add; they are not refitted."""
+    if experts[0].down_bias is None:
+        return 0.0
+    total = torch.zeros(x.shape, dtype=torch.float64)
+    for expert, each in zip(experts, use, strict=True):
+        assert expert.down_bias is not None
+        total.index_add_(0, each.tokens, each.gates[:, None] * expert.down_bias.double())
+    return total
