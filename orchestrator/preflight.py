@@ -210,8 +210,9 @@ def expected_decisions(variant: Variant, moe: MoeCheckpoint) -> list[LayerDecisi
             "use group.scope=uniform, or export.format=mapped",
         )
     kept = _spread_evenly(method, merged, total, moe.num_experts)
+    groups = router_groups(moe, variant.export)
     for count in kept.values():
-        method.check(moe.num_experts, count)
+        method.check(moe.num_experts // groups, count // groups)
     kept |= dict.fromkeys(skipped, moe.num_experts)
     decisions = placeholder(moe, kept)
     if method.prunes:

@@ -191,10 +191,10 @@ def _decide(
 def _decide_one(
     prepared: Prepared, variant: Variant, statistics: Sequence[LayerStatistics]
 ) -> Decided:
-    config, moe = prepared.config, prepared.moe
+    config, moe, form = prepared.config, prepared.moe, variant.export
     statistics = attached(config, variant.method, statistics, prepared.folder, moe)
-    groups = router_groups(moe, variant.export)
-    decisions = group.decide(variant.method, statistics, sizes(moe, variant.export), groups)
+    groups = router_groups(moe, form)
+    decisions = group.decide(variant.method, statistics, sizes(moe, form), groups)
     decisions = with_references(decisions, statistics, config.align)
     decisions = with_weights(decisions, statistics, config.merge)
     FORMATS[variant.export.format].check(prepared.moe, decisions)

@@ -29,13 +29,15 @@ def split(statistics: LayerStatistics, groups: int) -> list[LayerStatistics]:
 def join(
     decisions: Sequence[LayerDecision], statistics: Sequence[LayerStatistics], groups: int
 ) -> list[LayerDecision]:
-    """The inverse of `split`: one decision per layer; weights are shares of the whole layer."""
+    """The inverse of `split`: one decision per layer; weights are those within each group."""
     by_part = {decision.layer: decision for decision in decisions}
     found = []
     for each in statistics:
         labels: list[int | None] = []
+        weight: list[float] = []
         for group in range(groups):
-            own, start = by_part[each.layer * groups + group], len(labels)
-            labels += [None if g is None else own.representatives[g] + start for g in own.group]
-        found.append(from_labels(each.layer, labels, each.frequency.tolist()))
+            inner, start = by_part[each.layer * groups + group], len(labels)
+            labels += [None if g is None else inner.representatives[g] + start for g in inner.group]
+            weight += inner.weight
+        found.append(from_labels(each.layer, labels, weight))
     return found

@@ -37,7 +37,7 @@ def kept_width(budget: Budget, num_experts: int, widths: Widths, multiple: int) 
     width = min(room, widths.neurons) // multiple * multiple
     if width < 1:
         raise BudgetError(
-            f"the budget leaves {max(room, 0)} of {widths.neurons} neurons per expert; they are kept"
+            f"the budget leaves {max(room, 0)} of {widths.neurons} neurons per expert, kept"
             f" in multiples of {multiple}; all else takes {widths.fixed:,} bytes, one neuron of"
             f" every expert {widths.per_neuron:,}",
             "raise the budget, or lower group.multiple",

@@ -9,7 +9,9 @@ from stages.errors import BudgetError, StatisticsError
 from stages.group.budget import Sizes
 from stages.group.config import METHODS, AnyMethod, Budget, Frequency, McSmoe, Reap
 from stages.group.methods import DECIDE
+from stages.group.part import part
 from stages.group.stage import decide
+from tests.stages.group.observed import random_layer
 from tests.tiny import statistics_of
 
 SIZES = Sizes(fixed=1000, per_expert=100, layers=3)
@@ -85,3 +87,25 @@ def test_the_same_statistics_give_the_same_decisions() -> None:
 
 def test_every_method_has_a_config_and_a_function() -> None:
     assert set(METHODS) == set(DECIDE)
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_groups_of_a_router_are_decided_one_by_one(method: type[AnyMethod]) -> None:
+    """Two layers of 3 groups of 4 experts; every group keeps 2, from what it alone did."""
+    layers = [random_layer(12, layer, layer=layer) for layer in range(2)]
+    config = method(budget=Budget(experts_per_layer=6))
+
+    found = decide(config, layers, SIZES, router_groups=3)
+
+    for decision, layer in zip(found, layers, strict=True):
+        for group in range(3):
+            ids = range(4 * group, 4 * group + 4)
+            alone = part(layer, ids, layer=3 * layer.layer + group)
+            (expected,) = DECIDE[config.method](config, [alone], 2)
+            kept = [r - 4 * group for r in decision.representatives if r in ids]
+            assert tuple(kept) == expected.representatives
+            assert decision.weight[4 * group : 4 * group + 4] == expected.weight
+            for representative, members in zip(
+                decision.representatives, decision.members, strict=True
+            ):
+                assert representative // 4 == members[0] // 4 == members[-1] // 4
