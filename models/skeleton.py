@@ -63,7 +63,7 @@ def check_width(moe: MoeCheckpoint, width: int) -> None:
             f"experts of {moe.family.model_type} cannot be narrowed to {width} neurons alone:"
             f" {moved[0]} would change from {list(before[moved[0]])} to"
             f" {list(after.get(moved[0], ()))} with them",
-            "reduce the number of experts instead (a method that merges or drops)",
+            "set export.format=mapped, or choose a method that merges or drops experts",
         )
 
 

@@ -52,7 +52,7 @@ def layer_bytes(config: CalibrateConfig, moe: MoeCheckpoint) -> int:
 
 def table_size(moe: MoeCheckpoint) -> int:
     """The sums of one layer and domain."""
-    neurons = int(moe.expert_infos(moe.layers[0])["up"].shape[0])
+    neurons = moe.meta_expert(moe.layers[0]).neurons
     return table_bytes(moe.num_experts, _hidden(moe), neurons)
 
 
@@ -136,4 +136,4 @@ def _refuse_foreign(used: RunFolder, path: Path) -> None:
 
 
 def _hidden(moe: MoeCheckpoint) -> int:
-    return int(moe.checkpoint.config["hidden_size"])
+    return moe.hidden_size

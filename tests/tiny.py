@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +187,7 @@ def transform_units(
     *,
     aligned: bool = True,
     weights: Any = "frequency",
+    inputs: Mapping[int, tuple[Path, str]] | None = None,
 ) -> list[TransformUnit]:
     """The units that write an output, one per file."""
     return plan(
@@ -198,6 +199,7 @@ def transform_units(
         export=export,
         folder=folder / "layers",
         model="fingerprint",
+        inputs=inputs,
     )
 
 
@@ -209,10 +211,13 @@ def compress(
     *,
     aligned: bool = True,
     weights: Any = "frequency",
+    inputs: Mapping[int, tuple[Path, str]] | None = None,
 ) -> Path:
     """Transforms every file and joins them to a single-file checkpoint folder."""
     export = export or ExportConfig()
-    units = transform_units(moe, decisions, folder, export, aligned=aligned, weights=weights)
+    units = transform_units(
+        moe, decisions, folder, export, aligned=aligned, weights=weights, inputs=inputs
+    )
     tensors: dict[str, Tensor] = {}
     for unit in units:
         run_one(unit)

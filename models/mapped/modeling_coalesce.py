@@ -44,15 +44,21 @@ FAMILIES = {
 }
 
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_EXPERT_WIDTHS = ("moe_intermediate_size", "intermediate_size")
 _ROUTERS = ("gate", "router")
 _EXPERT_IDS = ("top_k_index", "router_indices")
 _FAULTS_SHOWN = 20
 
 
 class _MappedConfig:
-    """Adds `experts_per_layer`: MoE layer index -> stored experts. The family's count stays E."""
+    """Adds `experts_per_layer`: MoE layer index -> stored experts. The family's count stays E.
+
+    `expert_width`, if there is one, is the width of the routed experts alone; other modules keep
+    that of the family's own key.
+    """
 
     experts_per_layer: dict[str, int] | None
+    expert_width: int | None
 
     def __post_init__(self, **kwargs: object) -> None:
         # JSON has no integer keys; a config made in Python and one read from disk must be equal.
@@ -101,14 +107,20 @@ def _expert_count(config: PreTrainedConfig, count: int) -> Iterator[None]:
     The config is changed and put back rather than copied: modules keep a reference to it, and
     later changes, such as another attention or experts implementation, must reach all of them.
     """
-    before = {key: getattr(config, key) for key in _EXPERT_COUNTS if hasattr(config, key)}
+    with _changed(config, _EXPERT_COUNTS, count):
+        yield
+
+
+@contextmanager
+def _changed(config: PreTrainedConfig, keys: tuple[str, ...], value: int) -> Iterator[None]:
+    before = {key: getattr(config, key) for key in keys if hasattr(config, key)}
     for key in before:
-        setattr(config, key, count)
+        setattr(config, key, value)
     try:
         yield
     finally:
-        for key, value in before.items():
-            setattr(config, key, value)
+        for key, old in before.items():
+            setattr(config, key, old)
 
 
 def _router_width(config: PreTrainedConfig) -> int:
@@ -159,7 +171,8 @@ def _mapped_block(block: Any, config: PreTrainedConfig, layer: int, kept: int) -
 
 def _merged_experts(family: type[nn.Module], config: PreTrainedConfig, kept: int) -> nn.Module:
     """The family's fused experts, [K, ...] instead of [E, ...], and the map."""
-    with _expert_count(config, kept):
+    widths = _EXPERT_WIDTHS if config.expert_width else ()
+    with _expert_count(config, kept), _changed(config, widths, config.expert_width or 0):
         experts = family(config)
     expert_map = torch.arange(_router_width(config)) % kept
     experts.register_buffer("expert_map", expert_map)  # int64 [E]
@@ -214,8 +227,9 @@ def _config_class(family: str, stem: str) -> type[PreTrainedConfig]:
     bases = (_MappedConfig, getattr(transformers, f"{stem}Config"))
     body = {
         "__module__": __name__,
-        "__annotations__": {"experts_per_layer": dict[str, int] | None},
+        "__annotations__": {"experts_per_layer": dict[str, int] | None, "expert_width": int | None},
         "experts_per_layer": None,
+        "expert_width": None,
         "model_type": f"coalesce_{family}",
         "_auto_class": "AutoConfig",
     }

@@ -29,12 +29,15 @@ def families() -> dict[str, str]:
     raise AssertionError(f"no FAMILIES table in {modeling_source()}")
 
 
-def config_json(base: dict[str, Any], experts_per_layer: dict[int, int]) -> dict[str, Any]:
+def config_json(
+    base: dict[str, Any], experts_per_layer: dict[int, int], expert_width: int | None = None
+) -> dict[str, Any]:
     """The config.json of a mapped checkpoint.
 
     Args:
         base: the original model's config.json. Its number of experts stays: it is the router width.
         experts_per_layer: stored experts of every MoE layer; dense layers are absent.
+        expert_width: neurons of the routed experts, where they are fewer than the family's.
 
     Raises:
         UnknownFamily: the base model type has no mapped form.
@@ -54,6 +57,7 @@ def config_json(base: dict[str, Any], experts_per_layer: dict[int, int]) -> dict
             "AutoModelForCausalLM": f"{module}.{model}",
         },
         "experts_per_layer": {str(layer): n for layer, n in sorted(experts_per_layer.items())},
+        **({} if expert_width is None else {"expert_width": expert_width}),
     }
 
 

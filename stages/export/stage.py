@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from safetensors import safe_open
 
 from models.atomic import link_or_copy, write_json
 from models.checkpoint import INDEX
+from models.errors import CheckpointError
 from models.moe import MoeCheckpoint
-from models.skeleton import unloaded_elements
+from models.skeleton import check_width, unloaded_elements
 from stages.errors import GateError
 from stages.export.config import VERSION, ExportConfig
 from stages.export.formats import FORMATS, Format
@@ -144,9 +146,20 @@ def _expectations(unit: ExportUnit) -> dict[str, Any]:
         "needs_code": form.needs_code,
         "opens_with": unit.moe.family.auto_class,
         "parameters": sum(each.parameters for each in unit.layouts) - unloaded_elements(unit.moe),
-        "expanded_config": checkpoint.config if compare else None,
+        "expanded_config": _plain_config(unit) if compare else None,
         "tolerance": _TOLERANCE,
     }
+
+
+def _plain_config(unit: ExportUnit) -> dict[str, Any] | None:
+    """The config of a plain model with the same experts; None where the family has no such."""
+    width, config = unit.decisions[0].width, unit.moe.checkpoint.config
+    if width is None:
+        return config
+    with suppress(CheckpointError):
+        check_width(unit.moe, width)
+        return unit.moe.family.with_width(config, width)
+    return None
 
 
 def _fresh_process(folder: Path, expected: dict[str, Any]) -> dict[str, Any]:

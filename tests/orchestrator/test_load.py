@@ -132,7 +132,7 @@ def test_a_typo_is_answered_with_the_nearest_name_and_all_names(file: Path, over
 def test_a_key_of_another_method_is_refused_with_the_keys_of_this_one(file: Path) -> None:
     message = refusal(file, "group={method: reap, scope: global}")
     assert "group.scope: unknown key" in message
-    assert "valid: budget, method, skip_layers" in message
+    assert "valid: budget, method, protect_super_experts, skip_layers, task" in message
 
 
 WRONG = {
@@ -143,7 +143,7 @@ WRONG = {
     "model=tiny": ("model: holds keys of its own", "path", "'tiny'"),
     "group=reap": ("group: holds keys of its own", "method", "'reap'"),
     "group=null": ("group: holds keys of its own", "method", "None"),
-    "group={budget: {keep_ratio: 0.5}}": ("group.method: is missing", "mc_smoe, frequency, reap"),
+    "group={budget: {keep_ratio: 0.5}}": ("group.method: is missing", "coalesce, mc_smoe, uncurl"),
     "calibrate.data.sources=[]": ("calibrate.data.sources", "at least 1"),
     "calibrate={}": ("calibrate.data: Field required",),
     "group.budget.keep_ratio=0.5": ("exactly one of", "got experts_per_layer, keep_ratio"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from models.errors import CheckpointError
-from orchestrator import estimate, preflight, samples
+from orchestrator import disk, estimate, samples
 from orchestrator.load import load
 from orchestrator.plan import rows
 from orchestrator.preflight import Prepared, prepare
@@ -65,10 +65,8 @@ def test_the_plan_promises_what_is_written(seen: Inputs) -> None:
         written = sum(path.stat().st_size for path in files)
         # Headers and keys are not promised.
         assert row.written_bytes <= written <= row.written_bytes + 8192 * LAYERS
-    without = preflight.disk_bytes(
-        prepared(seen, f"run_dir={seen.root / 'x'}", "calibrate.sample=null")
-    )
-    kept = preflight.disk_bytes(run) - without
+    without = disk.disk_bytes(prepared(seen, f"run_dir={seen.root / 'x'}", "calibrate.sample=null"))
+    kept = disk.disk_bytes(run) - without
     assert kept == 2 * found["inputs"].written_bytes + found["subsample"].written_bytes
 
 
@@ -146,7 +144,7 @@ def test_inputs_that_were_not_observed_with_the_statistics_are_refused(
 def test_experts_that_cannot_be_evaluated_are_refused_before_anything_runs(
     inputs: Inputs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("models.expert_function.activation", lambda _: lambda x: x)
+    monkeypatch.setattr("models.expert_function.activation", lambda _: lambda _gate, up: up)
     with pytest.raises(CheckpointError, match="compute something else than down") as caught:
         observe(prepared(inputs))
     assert not (inputs.run_dir / "calibration" / "shards").exists()

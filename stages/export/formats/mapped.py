@@ -13,9 +13,9 @@ from models.expert import Expert
 from models.mapped.registration import config_json, modeling_source
 from models.moe import MoeCheckpoint
 from models.support import require
-from stages.errors import BudgetError
 from stages.export.config import ExportConfig
 from stages.export.formats.expanded import refuse_dropped
+from stages.export.formats.native import one_width
 from stages.group.decision import LayerDecision
 
 
@@ -29,10 +29,7 @@ class Mapped:
         """Every expert needs a group; any number per layer will do."""
         require(moe.family, "mapped")
         refuse_dropped(decisions, "mapped")
-        if any(decision.width is not None for decision in decisions):
-            raise BudgetError(
-                "the mapped format holds experts of full width", "use export.format=native"
-            )
+        one_width(decisions)
 
     def layer_tensors(
         self,
@@ -60,7 +57,7 @@ class Mapped:
     def config_json(self, moe: MoeCheckpoint, decisions: Sequence[LayerDecision]) -> dict[str, Any]:
         """The model type of the modeling file, and the number of experts per layer."""
         counts = {decision.layer: len(decision.representatives) for decision in decisions}
-        return config_json(moe.checkpoint.config, counts)
+        return config_json(moe.checkpoint.config, counts, one_width(decisions))
 
     def extra_files(self) -> Mapping[str, Path]:
         """The modeling file."""

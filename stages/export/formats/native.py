@@ -76,19 +76,28 @@ def narrowed(
     moe: MoeCheckpoint, decisions: Sequence[LayerDecision], config: dict[str, Any]
 ) -> dict[str, Any]:
     """`config` with the decided width of the experts, if one was decided."""
-    width = decisions[0].width
+    width = one_width(decisions)
     return config if width is None else moe.family.with_width(config, width)
 
 
-def check_widths(moe: MoeCheckpoint, decisions: Sequence[LayerDecision]) -> None:
-    """One width for all layers, and one that the family's class can give to its experts alone."""
+def one_width(decisions: Sequence[LayerDecision]) -> int | None:
+    """The width of all layers' experts; None: that of the original.
+
+    Raises:
+        BudgetError: layers of several widths.
+    """
     widths = {decision.width for decision in decisions}
     if len(widths) > 1:
         raise BudgetError(
             f"config.json holds one width of experts for all layers; the decision has {widths}",
             "give every layer the same width",
         )
-    if (width := widths.pop()) is not None:
+    return widths.pop()
+
+
+def check_widths(moe: MoeCheckpoint, decisions: Sequence[LayerDecision]) -> None:
+    """One width for all layers, and one that the family's class can give to its experts alone."""
+    if (width := one_width(decisions)) is not None:
         check_width(moe, width)
 
 

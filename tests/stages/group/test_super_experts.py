@@ -9,6 +9,7 @@ from stages.calibrate.statistics import LayerStatistics
 from stages.errors import BudgetError
 from stages.group.budget import Sizes
 from stages.group.config import METHODS, Budget, McSmoe, Naee, Reap
+from stages.group.methods import DECIDE
 from stages.group.stage import decide
 from stages.group.super_experts import protected_lines, super_experts
 from tests.stages.group.observed import random_layer
@@ -41,7 +42,7 @@ def test_equal_experts_are_not_super() -> None:
     assert super_experts(equal) == {}
 
 
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("method", [METHODS[name] for name in DECIDE], ids=DECIDE)
 def test_every_method_leaves_them_alone_and_keeps_its_budget(method: type) -> None:
     statistics = layers({(2, 5): 300.0})
     # The worst expert of its layer by every score.
