@@ -136,7 +136,7 @@ def test_a_job_at_its_time_limit_ends_hung_units_and_starts_itself_again(
 ) -> None:
     run_dir = tmp_path / "run"
     # On a slow machine a start may reach its limit before it has finished a shard.
-    job = lab.submit(run_dir, "slurm.time='1'", "slurm.fruitless_starts=10")
+    job = lab.submit(run_dir, "slurm.time='2'", "slurm.fruitless_starts=10")
     hold(lab, run_dir)
     restarts = int(lab.state(job).split()[1])
     lab.await_state(job, f"PENDING {restarts + 1}")
