@@ -8,6 +8,15 @@ from orchestrator.report.facts import Variant, of_kind, part
 
 ARROW = " \N{RIGHTWARDS ARROW} "
 NO_RECOVERY = "All quality numbers are WITHOUT recovery training: no weight was trained afterwards."
+REFIT = (
+    "Down projections of the experts were solved again in closed form, layer by layer, on the"
+    " calibration sample; the pruning baselines were not."
+)
+
+
+def no_recovery(report: dict[str, Any]) -> str:
+    """What was and what was not done to the weights beside the reduction itself."""
+    return f"{NO_RECOVERY} {REFIT}" if facts.table(report, "refit") else NO_RECOVERY
 
 
 @dataclass(frozen=True)
@@ -23,7 +32,12 @@ def experts_phrase(report: dict[str, Any]) -> str:
     if not before:
         return ""
     change = before if after in ("", before) else f"{before}{ARROW}{after}"
-    return f"{change} experts per layer"
+    return ", ".join(_known(f"{change} experts per layer", _width_phrase(report)))
+
+
+def _width_phrase(report: dict[str, Any]) -> str:
+    wide, narrow = part(report, "width", "before"), part(report, "width", "after")
+    return f"{wide}{ARROW}{narrow} neurons each" if narrow not in (None, wide) else ""
 
 
 def _span(counts: dict[str, Any]) -> str:
