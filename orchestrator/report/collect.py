@@ -47,6 +47,7 @@ _REFIT = (
     "condition",
     "tokens_per_unknown",
     "few_tokens",
+    "polished",
 )
 
 

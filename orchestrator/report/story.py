@@ -7,16 +7,23 @@ from orchestrator.report import facts, wording
 from orchestrator.report.facts import Variant, of_kind, part
 
 ARROW = " \N{RIGHTWARDS ARROW} "
-NO_RECOVERY = "All quality numbers are WITHOUT recovery training: no weight was trained afterwards."
+NO_RECOVERY = (
+    "All quality numbers are WITHOUT recovery training: no weight was trained on the model's loss"
+    " or on another model's logits."
+)
 REFIT = (
-    "Down projections of the experts were solved again in closed form, layer by layer, on the"
-    " calibration sample; the pruning baselines were not."
+    "Experts were fitted again to the outputs of the original layers on the calibration sample,"
+    " layer by layer ({how}); the pruning baselines were not."
 )
 
 
 def no_recovery(report: dict[str, Any]) -> str:
     """What was and what was not done to the weights beside the reduction itself."""
-    return f"{NO_RECOVERY} {REFIT}" if facts.table(report, "refit") else NO_RECOVERY
+    if not facts.table(report, "refit"):
+        return NO_RECOVERY
+    steps = part(report, "method", "config", "refit", "polish", "steps")
+    how = f"closed form, then {steps} gradient steps" if steps else "closed form"
+    return f"{NO_RECOVERY} {REFIT.format(how=how)}"
 
 
 @dataclass(frozen=True)
