@@ -192,16 +192,22 @@ def test_the_stored_type_stays(tmp_path: Path, dtype: torch.dtype) -> None:
 
 
 def test_gradient_steps_are_kept_where_held_out_tokens_gain(moe: MoeCheckpoint) -> None:
-    inputs, experts = sample(6000), experts_of(moe)
-    width = experts[0].neurons // 2
+    """Gate projections were damaged, which no down projection can make good."""
+    inputs = sample(2000)
+    experts = [replace(each, gate=0.4 * _gate(each)) for each in experts_of(moe)]
 
     closed, polished, wild = (
-        reduced(moe, inputs, experts, inputs.ids, width, ON.model_copy(update={"polish": each}))
-        for each in (CLOSED, PolishConfig(steps=150, rate=0.02), PolishConfig(steps=3, rate=100.0))
+        reduced(moe, inputs, experts, inputs.ids, refit=ON.model_copy(update={"polish": each}))
+        for each in (CLOSED, PolishConfig(steps=150), PolishConfig(steps=3, rate=100.0))
     )
 
     assert polished.facts["polished"] and not wild.facts["polished"]
-    assert polished.facts["held_out_after"] < closed.facts["held_out_after"]
+    assert polished.facts["held_out_after"] < 0.7 * closed.facts["held_out_after"]
     assert wild.facts["held_out_after"] == pytest.approx(closed.facts["held_out_after"], rel=1e-4)
     for mine, same in zip(closed.experts, wild.experts, strict=True):
         assert mine.down.equal(same.down)
+
+
+def _gate(expert: Expert) -> Tensor:
+    assert expert.gate is not None
+    return expert.gate
