@@ -198,9 +198,10 @@ def _polish_all(
         start = [each.map(Tensor.clone) for each in found.experts]
         tuned = polish(start, data[0], (data[1], data[2]), data[3], act, config)
     after = error(tuned)
+    found.facts["polished"] = after < before
     if after < before:
         found.experts = tuned
-    found.facts |= {"polished": after < before, "held_out_after": min(after, before)}
+        found.facts["held_out_after"] = after
 
 
 def _biases(experts: Sequence[Expert], use: Sequence[Usage], x: Tensor) -> Tensor | float:
