@@ -30,8 +30,11 @@ _LOST = (
     failures.WorkerCrashedError,
     failures.RayActorError,
     failures.NodeDiedError,
+    failures.OutOfMemoryError,
     LostPeer,
 )
+# After Ray's memory monitor has ended a worker; twice as long each time that it ends the same unit.
+_MEMORY_PAUSE_SECONDS = 2.0
 
 
 class RayExecutor:
@@ -57,6 +60,10 @@ class RayExecutor:
         pool = _pool_of(self, job)
         try:
             yield from _drive(pool, units, min(self._width(job), len(units)), stop)
+        except failures.RayTaskError:
+            raise  # of a unit, and without a cause that could be raised in its place
+        except failures.RayError as error:
+            raise InfrastructureError(f"the Ray cluster failed: {error}") from error
         finally:
             pool.close()
 
@@ -290,6 +297,10 @@ def _drive(
                     f"{names} lost its worker {tried} times: {error}"
                 ) from error
             waiting.extend(reversed(ended.bundle))
+            if _short_of_memory(error):
+                # Fewer side by side need less; and others may be about to let go of theirs.
+                width = max(width - 1, 1)
+                time.sleep(_MEMORY_PAUSE_SECONDS * 2 ** (tried - 1))
         elif error is not None:
             # Nobody knows in which state the peers of a failed rank are.
             pool.release(ended.refs, lost=len(ended.refs) > 1)
@@ -298,6 +309,11 @@ def _drive(
             results = ray.get(ended.refs[: len(ended.bundle)])
             pool.release(ended.refs, lost=False)
             yield from zip(ended.bundle, results, strict=True)
+
+
+def _short_of_memory(error: Exception | None) -> bool:
+    """Whether Ray's memory monitor ended the worker; of an actor's end it only tells in words."""
+    return isinstance(error, failures.OutOfMemoryError) or "running low on memory" in str(error)
 
 
 def _next_ended(running: list[_Flight], patience: float) -> tuple[_Flight, Exception | None]:

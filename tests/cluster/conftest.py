@@ -24,7 +24,7 @@ def every_stage(pristine: Inputs, tmp_path_factory: pytest.TempPathFactory) -> I
 
 @pytest.fixture(scope="session")
 def undisturbed(every_stage: Inputs) -> dict[str, str]:
-    """Bytes of that run in one process."""
+    """Bytes of that run in one process. A run is named after its folder, so all are called `run`."""
     return _undisturbed(every_stage)
 
 
@@ -35,7 +35,7 @@ def short_undisturbed(every_stage: Inputs) -> dict[str, str]:
 
 
 def _undisturbed(inputs: Inputs, *overrides: str) -> dict[str, str]:
-    run_dir = inputs.root / f"undisturbed-{len(overrides)}"
+    run_dir = inputs.root / f"undisturbed-{len(overrides)}" / "run"
     with Driver(inputs, run_dir, ["executor.kind=local", *overrides]) as driver:
         driver.succeed()
     return bytes_of(run_dir)

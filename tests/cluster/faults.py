@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import signal
 import socket
@@ -59,7 +60,8 @@ class Driver:
 
     def __enter__(self) -> Driver:
         words = [sys.executable, "-m", "orchestrator", "run", str(self.inputs.root / "recipe.yaml")]
-        words += ["--quiet", f"run_dir='{self.run_dir}'", *self.overrides]
+        place = json.dumps(str(self.run_dir), ensure_ascii=False)
+        words += ["--quiet", f"run_dir={place}", *self.overrides]
         self.process = subprocess.Popen(
             [*self.before, *words],
             cwd=REPOSITORY,
@@ -105,7 +107,7 @@ class Holds:
     def taken(self, name: str, driver: Driver) -> int:
         """The process that waits."""
         held = self.folder / f"{name}.held"
-        until(lambda: held.exists() or driver.process.poll() is not None, f"{name} is held")
+        until(lambda: held.exists() or driver.process.poll() not in (None, 2), f"{name} is held")
         assert held.exists(), driver.end()
         return int(held.read_text())
 
