@@ -24,7 +24,7 @@ def every_stage(pristine: Inputs, tmp_path_factory: pytest.TempPathFactory) -> I
 
 @pytest.fixture(scope="session")
 def undisturbed(every_stage: Inputs) -> dict[str, str]:
-    """Bytes of that run in one process. A run is named after its folder, so all are called `run`."""
+    """Bytes of that run in one process; all are called `run`, since the model card has the name."""
     return _undisturbed(every_stage)
 
 

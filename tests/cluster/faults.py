@@ -208,7 +208,7 @@ class Node:
 
 
 def nodes_up(address: str, before: Sequence[str] = ()) -> int:
-    """Nodes that are alive in a cluster, asked by a process of its own; 0 while it does not answer."""
+    """Nodes that are alive, asked by a process of its own; 0 while the cluster does not answer."""
     code = (
         f"import ray; ray.init({address!r}, log_to_driver=False);"
         "print('nodes', sum(node['Alive'] for node in ray.nodes()))"

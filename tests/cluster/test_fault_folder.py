@@ -76,7 +76,7 @@ def test_no_decision_depends_on_a_clock(
     for turn, path in enumerate(sorted(run_dir.rglob("*"))):
         moment = (YEAR_2100, YEAR_1980)[turn % 2]
         os.utime(path, (moment, moment))
-    log = [event for event in read_events(run_dir / "events.jsonl")]
+    log = list(read_events(run_dir / "events.jsonl"))
     for turn, event in enumerate(log):
         event["time"] = YEAR_2100 - 3600 * turn
     (run_dir / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in log))
@@ -88,7 +88,7 @@ def test_no_decision_depends_on_a_clock(
 def test_a_path_with_blanks_quotes_and_other_scripts(
     every_stage: Inputs, short_undisturbed: dict[str, str], tmp_path: Path
 ) -> None:
-    run_dir = tmp_path / "dépôt d'essai №1 模型 \"100%\" $HOME #x" / "run"
+    run_dir = tmp_path / 'dépôt d\'essai №1 模型 "100%" $HOME #x' / "run"
     with Driver(every_stage, run_dir, SHORT) as driver:
         driver.succeed()
     assert bytes_of(run_dir) == short_undisturbed
@@ -100,7 +100,10 @@ def test_of_two_drivers_started_at_once_one_works_and_the_other_names_it(
     run_dir, holds = tmp_path / "run", Holds(tmp_path / "holds")
     holds.want("shard", r"/shards/\.shard-00002")
     env = environment(holds.folder)
-    with Driver(every_stage, run_dir, HERE, env) as one, Driver(every_stage, run_dir, HERE, env) as two:
+    with (
+        Driver(every_stage, run_dir, HERE, env) as one,
+        Driver(every_stage, run_dir, HERE, env) as two,
+    ):
         works, refused = (one, two) if holds.taken("shard", one) == one.process.pid else (two, one)
         code, said = refused.end()
         assert code == 2

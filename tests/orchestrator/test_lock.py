@@ -62,11 +62,12 @@ def test_of_many_that_start_at_once_one_gets_in_and_all_others_name_it(inputs: I
     inputs.run_dir.mkdir()
     (inputs.run_dir / "run.lock").write_text(f"process 4194399 on {socket.gethostname()}\n")
     code = (
-        "import sys, time; from pathlib import Path; from orchestrator.errors import RunFolderError\n"
+        "import sys; from pathlib import Path; from orchestrator.errors import RunFolderError\n"
         "from orchestrator.lock import exclusive; from orchestrator.run_folder import RunFolder\n"
         "print('ready', flush=True); sys.stdin.readline()\n"
         "try:\n"
-        "    with exclusive(RunFolder(Path(sys.argv[1]))): print('in', flush=True); sys.stdin.read()\n"
+        "    with exclusive(RunFolder(Path(sys.argv[1]))):\n"
+        "        print('in', flush=True); sys.stdin.read()\n"
         "except RunFolderError as error: print(error.cause, flush=True)"
     )
     words = [sys.executable, "-c", code, str(inputs.run_dir)]
