@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -108,11 +108,11 @@ class Soak:
         damaged = self.chance.random() < 0.7 and self.inject(0, run_dir, AT_REST)
         return bool(process.returncode or damaged)
 
-    def inject(self, driver: int, run_dir: Path, kinds: Sequence[str]) -> list[Fault]:
+    def inject(self, driver: int, run_dir: Path, kinds: Iterable[str]) -> list[Fault]:
         """One fault of a random kind, or of the next one that is possible at this moment."""
         if len(self.injected) >= self.wanted:
             return []
-        for kind in self.chance.sample(kinds, len(kinds)):
+        for kind in self.chance.sample(sorted(kinds), len(kinds)):
             processes = descendants(driver) if driver else []
             fault = KINDS[kind](self.chance, driver, processes, run_dir)
             if fault is not None:

@@ -35,6 +35,7 @@ _LOST = (
 )
 # After Ray's memory monitor has ended a worker; twice as long each time that it ends the same unit.
 _MEMORY_PAUSE_SECONDS = 2.0
+_LOW = "running low on memory"
 
 
 class RayExecutor:
@@ -294,7 +295,7 @@ def _drive(
             if tried > pool.executor.max_retries:
                 names = " with ".join(units[index].name for index in ended.bundle)
                 raise InfrastructureError(
-                    f"{names} lost its worker {tried} times: {error}"
+                    f"{names} lost its worker {tried} times: {_in_short(error)}"
                 ) from error
             waiting.extend(reversed(ended.bundle))
             if _short_of_memory(error):
@@ -313,7 +314,15 @@ def _drive(
 
 def _short_of_memory(error: Exception | None) -> bool:
     """Whether Ray's memory monitor ended the worker; of an actor's end it only tells in words."""
-    return isinstance(error, failures.OutOfMemoryError) or "running low on memory" in str(error)
+    return isinstance(error, failures.OutOfMemoryError) or _LOW in str(error)
+
+
+def _in_short(error: Exception | None) -> str:
+    """What Ray says; of memory, one line of its fifty, and what to do."""
+    if not _short_of_memory(error):
+        return str(error)
+    line = next((line for line in str(error).splitlines() if _LOW in line), _LOW)
+    return f"{line.strip()}; fewer `executor.workers` need less at a time"
 
 
 def _next_ended(running: list[_Flight], patience: float) -> tuple[_Flight, Exception | None]:

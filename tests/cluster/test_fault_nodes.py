@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -97,18 +96,30 @@ class Network:
 
     def link(self, host: str, state: str) -> None:
         """Cuts a host off (`down`), or connects it again (`up`)."""
-        self.ip("-n", f"{self.name}-sw", "link", "set", host, state)
+        self.ip("-n", f"{self.name}-sw", "link", "set", f"v-{host}", state)
 
     def up(self) -> None:
+        """In the namespace of the switch, which is there already."""
         switch = ["-n", f"{self.name}-sw"]
-        self.ip("netns", "add", f"{self.name}-sw")
         self.ip(*switch, "link", "add", "br0", "type", "bridge")
         self.ip(*switch, "link", "set", "br0", "up")
         for number, host in enumerate(("a", "b"), start=1):
             own = f"{self.name}-{host}"
             self.ip("netns", "add", own)
-            self.ip(*switch, "link", "add", host, "type", "veth", "peer", "eth0", "netns", own)
-            self.ip(*switch, "link", "set", host, "master", "br0", "up")
+            self.ip(
+                *switch,
+                "link",
+                "add",
+                f"v-{host}",
+                "type",
+                "veth",
+                "peer",
+                "name",
+                "eth0",
+                "netns",
+                own,
+            )
+            self.ip(*switch, "link", "set", f"v-{host}", "master", "br0", "up")
             self.ip("-n", own, "addr", "add", f"10.78.0.{number}/24", "dev", "eth0")
             for device in ("lo", "eth0"):
                 self.ip("-n", own, "link", "set", device, "up")
@@ -123,13 +134,15 @@ def network() -> Iterator[Network]:
     if os.geteuid() or not shutil.which("ip") or not shutil.which("nsenter"):
         pytest.skip("needs root, `ip` and `nsenter`: hosts are network namespaces")
     made = Network()
-    with ExitStack() as stack:
-        stack.callback(made.down)
-        try:
-            made.up()
-        except subprocess.CalledProcessError as error:
-            pytest.skip(f"no network namespaces here: {error.stderr.decode().strip()}")
+    try:
+        made.ip("netns", "add", f"{made.name}-sw")
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"no network namespaces here: {error.stderr.decode().strip()}")
+    try:
+        made.up()
         yield made
+    finally:
+        made.down()
 
 
 def test_a_node_cut_off_from_the_network_is_done_without_and_does_no_harm_when_it_is_back(
