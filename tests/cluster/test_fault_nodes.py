@@ -71,8 +71,9 @@ def test_with_the_head_killed_the_driver_says_so_and_a_new_cluster_goes_on(
             holds.taken("shard", driver)
             head.kill("gcs_server")
             code, said = driver.end()
-    assert code not in (0, 2), said
-    assert "GCS" in said or "Ray cluster" in said
+    # Ray ends the process itself.
+    assert code == 1, said
+    assert "GCS may have been killed" in said
     done = [event["unit"] for event in events(run_dir, "unit_done")]
     with Driver(every_stage, run_dir, SHORT) as driver:
         driver.succeed()
@@ -106,19 +107,8 @@ class Network:
         for number, host in enumerate(("a", "b"), start=1):
             own = f"{self.name}-{host}"
             self.ip("netns", "add", own)
-            self.ip(
-                *switch,
-                "link",
-                "add",
-                f"v-{host}",
-                "type",
-                "veth",
-                "peer",
-                "name",
-                "eth0",
-                "netns",
-                own,
-            )
+            peer = ["type", "veth", "peer", "name", "eth0", "netns", own]
+            self.ip(*switch, "link", "add", f"v-{host}", *peer)
             self.ip(*switch, "link", "set", f"v-{host}", "master", "br0", "up")
             self.ip("-n", own, "addr", "add", f"10.78.0.{number}/24", "dev", "eth0")
             for device in ("lo", "eth0"):
