@@ -21,6 +21,7 @@ import ray.exceptions as failures
 
 from cluster.errors import InfrastructureError, LostPeer
 from cluster.executor import Job, R, Resources, T, fix_threads, never
+from cluster.head import Head
 from cluster.replica import Replica, replicas_that_fit
 from cluster.shared import check_shared
 
@@ -35,6 +36,8 @@ _LOST = (
 )
 # After Ray's memory monitor has ended a worker; twice as long each time that it ends the same unit.
 _MEMORY_PAUSE_SECONDS = 2.0
+# While no unit ends, the cluster's head is looked for as often as this.
+_LOOK_SECONDS = 5.0
 _LOW = "running low on memory"
 
 
@@ -67,6 +70,10 @@ class RayExecutor:
             raise InfrastructureError(f"the Ray cluster failed: {error}") from error
         finally:
             pool.close()
+
+    def check_head(self) -> None:
+        """Raises InfrastructureError once the cluster's head is lost."""
+        self._head.check()
 
     def check_shared(self, run: Path, inputs: Sequence[Path]) -> None:
         """A task on every node reads a file that this process writes, and answers with one."""
@@ -121,6 +128,7 @@ class RayExecutor:
             logging_level=logging.ERROR,
             **(own if self._address == "local" else {}),
         )
+        self._head = Head()
         return self
 
     def __exit__(
@@ -285,12 +293,13 @@ def _drive(
             running.append(_Flight(bundle, refs, list(refs)))
         if not running:
             return
-        ended, error = _next_ended(running, pool.patience)
+        ended, error = _next_ended(running, pool.patience, pool.executor.check_head)
         running.remove(ended)
         # The unit's own exception, as it would have been raised in this process.
         own = error.cause if isinstance(error, failures.RayTaskError) else None
         if isinstance(own or error, _LOST):
             pool.release(ended.refs, lost=True)
+            pool.executor.check_head()
             tried = max(attempts[index] for index in ended.bundle)
             if tried > pool.executor.max_retries:
                 names = " with ".join(units[index].name for index in ended.bundle)
@@ -325,15 +334,18 @@ def _in_short(error: Exception | None) -> str:
     return f"{line.strip()}; fewer `executor.workers` need less at a time"
 
 
-def _next_ended(running: list[_Flight], patience: float) -> tuple[_Flight, Exception | None]:
+def _next_ended(
+    running: list[_Flight], patience: float, check_head: Callable[[], None]
+) -> tuple[_Flight, Exception | None]:
     """The next bundle of which every process ended well, or any one failed, and how it failed."""
     while True:
         pending = {ref: flight for flight in running for ref in flight.open}
         first = min(running, key=lambda flight: flight.deadline)
         left = max(first.deadline - time.monotonic(), 0)
-        ready, _ = ray.wait(
-            list(pending), num_returns=1, timeout=None if math.isinf(left) else left
-        )
+        ready, _ = ray.wait(list(pending), num_returns=1, timeout=min(left, _LOOK_SECONDS))
+        if not ready and left > _LOOK_SECONDS:
+            check_head()
+            continue
         if not ready:
             return first, LostPeer(f"a rank was silent for {patience:g} s after another had ended")
         flight = pending[ready[0]]

@@ -71,9 +71,9 @@ def test_with_the_head_killed_the_driver_says_so_and_a_new_cluster_goes_on(
             holds.taken("shard", driver)
             head.kill("gcs_server")
             code, said = driver.end()
-    # Ray ends the process itself.
-    assert code == 1, said
-    assert "GCS may have been killed" in said
+    assert code == 75, said
+    assert f"error: the head of the Ray cluster, {address}, has not answered for 10 s" in said
+    assert "the head of the Ray cluster" in events(run_dir, "run_failed")[-1]["error"]
     done = [event["unit"] for event in events(run_dir, "unit_done")]
     with Driver(every_stage, run_dir, SHORT) as driver:
         driver.succeed()
