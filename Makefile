@@ -24,8 +24,10 @@ test: setup lint types
 	$(BIN)/python -m pytest -m "not slurm"
 
 # A real Slurm of two nodes on this machine, from Debian's packages. Needs root; installs them.
+# LAB=optional skips the tests, and says why, where no Slurm can be set up.
+LAB ?= required
 test-cluster: setup
-	COALESCE_SLURM_LAB=required $(BIN)/python -m pytest -m slurm
+	COALESCE_SLURM_LAB=$(LAB) $(BIN)/python -m pytest -m slurm
 
 # Before each commit: under two minutes on two cores.
 check: setup lint types

@@ -66,7 +66,22 @@ def transform(run: Prepared) -> int:
     layouts = [each for variant in run.variants for each in expected_layouts(variant, moe)]
     largest = max(each.tensor_bytes for each in layouts)
     expert = max(moe.expert_bytes(layer) for layer in moe.layers)
-    return PROCESS_BYTES + 2 * largest + (moe.num_experts + 8) * expert
+    return PROCESS_BYTES + 2 * largest + (moe.num_experts + 8) * expert + _refit(run)
+
+
+def _refit(run: Prepared) -> int:
+    """Inputs and targets, experts in float32 with what their gradient steps take, and the Gram."""
+    method, config, moe = run.config.group, run.config.refit, run.moe
+    wanted = method.narrows if config.enabled == "auto" else config.enabled
+    if not wanted and not method.narrows:
+        return 0
+    tokens = samples.sampled_tokens(run.config.calibrate, moe)
+    each = [moe.meta_expert(layer) for layer in moe.layers]
+    values = max(sum(t.numel() for t in one.tensors().values()) for one in each) * moe.num_experts
+    neurons = max(one.neurons for one in each)
+    joint = min(moe.num_experts * neurons, config.joint_limit)
+    copies = 20 if config.polish.steps else 4  # with their gradients and moments
+    return 28 * tokens * moe.hidden_size + copies * values + 32 * max(joint, neurons) ** 2
 
 
 def export(run: Prepared, layouts: Sequence[FileLayout]) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from types import FrameType
 
 AT_ONCE = (signal.SIGINT, signal.SIGTERM)
@@ -38,21 +39,22 @@ class Stop:
     """Says whether units may still be taken."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.number: int | None = None
 
     def __call__(self) -> bool:
-        return self.asked
+        return self.number is not None
 
     def check(self) -> None:
         """Raises Interrupted once no more units may be taken."""
-        if self.asked:
-            raise Interrupted(DRAIN)
+        if self.number is not None:
+            raise Interrupted(self.number)
 
 
 @contextmanager
 def stopping_at_once() -> Iterator[None]:
     """While no unit is in flight, every signal ends the command at once."""
-    with _handlers(dict.fromkeys((*AT_ONCE, DRAIN), _raise)):
+    stop = Stop()
+    with _handlers(dict.fromkeys((*AT_ONCE, DRAIN), partial(_raise, stop))), _the_truth(stop):
         yield
 
 
@@ -60,18 +62,34 @@ def stopping_at_once() -> Iterator[None]:
 def heeding_signals() -> Iterator[Stop]:
     """While units are in flight. To be entered after `ray.init`, which sets a handler itself."""
     stop = Stop()
-
-    def drain(number: int, frame: FrameType | None) -> None:
-        stop.asked = True
-
-    with _handlers(dict.fromkeys(AT_ONCE, _raise) | {DRAIN: drain}):
+    handlers = dict.fromkeys(AT_ONCE, partial(_raise, stop)) | {DRAIN: partial(_note, stop)}
+    with _handlers(handlers), _the_truth(stop):
         yield stop
 
 
-def _raise(number: int, frame: FrameType | None) -> None:
+def _note(stop: Stop, number: int, frame: FrameType | None) -> None:
+    stop.number = stop.number or number
+
+
+def _raise(stop: Stop, number: int, frame: FrameType | None) -> None:
     # Slurm and its launcher may both say it: once is enough, and must not disturb the clearing up.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    stop.number = number
     raise Interrupted(number)
+
+
+@contextmanager
+def _the_truth(stop: Stop) -> Iterator[None]:
+    """Code in other languages turns what a handler raises into errors of its own: Ray's `wait` into
+    a SystemError."""
+    try:
+        yield
+    except Interrupted:
+        raise
+    except BaseException as error:
+        if stop.number in AT_ONCE:
+            raise Interrupted(stop.number) from error
+        raise
 
 
 @contextmanager
@@ -84,6 +102,6 @@ def _handlers(wanted: Mapping[signal.Signals, signal._HANDLER]) -> Iterator[None
         yield
     finally:
         for number, handler in previous.items():
-            ending = signal.getsignal(number) == signal.SIG_IGN and handler is _raise
-            if not ending:
+            ours = isinstance(handler, partial) and handler.func is _raise
+            if not (ours and signal.getsignal(number) == signal.SIG_IGN):
                 signal.signal(number, handler)

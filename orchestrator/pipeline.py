@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from cluster.executor import Replicas
 from models.atomic import text_digest
@@ -127,6 +128,7 @@ def transform_units(
         variant=variant.name,
         narrow=run.config.narrow,
         refit=refit_of(run, variant),
+        task=variant.method.task,
         inputs={layer: (path, read_digests(beside(path))) for layer, path in sampled.items()},
     )
 
@@ -173,9 +175,12 @@ def evaluate_units(
         "threads": str(run.config.executor.threads_per_unit),
     }
     if export is not None:
-        made = [(d.layer, d.group, d.representatives, d.weight, d.width) for d in decisions]
+        made: list[Any] = [
+            (d.layer, d.group, d.representatives, d.weight, d.width) for d in decisions
+        ]
         which = next(v for v in run.variants if v.name == variant)
         refit = refit_of(run, which)
+        made.append(which.method.task)
         sections = (run.config.align, run.config.merge, run.config.narrow, refit, export)
         inputs["variant"] = text_digest([made, [s.model_dump(mode="json") for s in sections]])
     return [

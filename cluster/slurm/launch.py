@@ -27,8 +27,8 @@ from cluster.slurm.chain import Chain
 from cluster.slurm.rendezvous import Rendezvous
 
 EXIT_AGAIN = 75
-# Of the lead time, what is kept for ending the cluster and requeueing.
-_RESERVE_SECONDS = 5.0
+# Of the lead time, what is kept for ending driver and cluster and for requeueing; half at most.
+_RESERVE_SECONDS = 20.0
 _ENDS_SECONDS = 20.0
 # Found out by cutting nodes off: with Ray's defaults a task on a silent node waits for minutes.
 _RAY = {
@@ -168,9 +168,8 @@ class Launch:
             say(f"got {signal.Signals(number).name}")
             self._asked.add(number)
         if number == signal.SIGUSR1:
-            signal.setitimer(
-                signal.ITIMER_REAL, max(self._options.lead_seconds - _RESERVE_SECONDS, 1)
-            )
+            lead = self._options.lead_seconds
+            signal.setitimer(signal.ITIMER_REAL, max(lead - _RESERVE_SECONDS, lead / 2))
         if self._child is not None and self._child.poll() is None:
             self._child.send_signal(number)
 

@@ -81,7 +81,7 @@ def _table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def _verdict(report: dict[str, Any]) -> str:
-    return f"**{_escape(story.verdict(report).text)}** {story.NO_RECOVERY}"
+    return f"**{_escape(story.verdict(report).text)}** {story.no_recovery(report)}"
 
 
 def _loading(report: dict[str, Any]) -> str:
@@ -106,7 +106,7 @@ def _quality(report: dict[str, Any]) -> str:
         labels = (_escape(charts.caption(variant)) for variant in found)
         rows = ([_escape(wording.domain(name)), *_perplexities(found, name)] for name in names)
         parts.append("Perplexity per domain:\n\n" + _table(("domain", *labels), rows))
-    return "\n\n".join([story.NO_RECOVERY, *parts])
+    return "\n\n".join([story.no_recovery(report), *parts])
 
 
 def _overall_row(variant: Variant, original: Variant | None) -> list[str]:
@@ -159,7 +159,7 @@ def _experts(report: dict[str, Any]) -> str:
 def _limits(report: dict[str, Any]) -> str:
     tokens = wording.count(part(report, "tokens", "evaluation"))
     lines = [
-        f"- {story.NO_RECOVERY}",
+        f"- {story.no_recovery(report)}",
         f"- Quality is perplexity on {tokens} tokens of the domains above; other languages, "
         "domains and downstream tasks were not measured.",
         "- Experts that calibration text seldom selects are often the first to be merged or "

@@ -37,6 +37,20 @@ class Collected:
     done: Mapping[str, Sequence[Done]]
 
 
+# Of the result of a layer's job.
+_REFIT = (
+    "strength",
+    "error_before",
+    "error_after",
+    "held_out_before",
+    "held_out_after",
+    "condition",
+    "tokens_per_unknown",
+    "few_tokens",
+    "polished",
+)
+
+
 def collect(found: Collected) -> dict[str, Any]:
     """The whole report as JSON values."""
     config = found.prepared.config
@@ -62,6 +76,8 @@ def collect(found: Collected) -> dict[str, Any]:
                 "group": config.group.model_dump(mode="json"),
                 "align": config.align.model_dump(mode="json"),
                 "merge": config.merge.model_dump(mode="json"),
+                "narrow": config.narrow.model_dump(mode="json"),
+                "refit": config.refit.model_dump(mode="json"),
                 "export": config.export.model_dump(mode="json"),
             },
         },
@@ -103,6 +119,15 @@ def _layers(found: Collected) -> dict[str, Any]:
         "experts": {
             "before": {str(d.layer): len(d.group) for d in decisions},
             "after": {str(d.layer): len(d.representatives) for d in decisions},
+        },
+        "width": {
+            "before": found.prepared.moe.meta_expert(decisions[0].layer).neurons,
+            "after": decisions[0].width,
+        },
+        "refit": {
+            str(layer): {key: result.get(key) for key in _REFIT}
+            for layer, result in results.items()
+            if "error_after" in result
         },
         "groups": {str(d.layer): _groups(d) for d in decisions},
         "align": {

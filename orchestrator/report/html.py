@@ -33,7 +33,8 @@ def _context(report: dict[str, Any]) -> Row:
         "name": part(report, "run", "name") or "run",
         "headline": _unbroken(story.headline(report)),
         "verdict": story.verdict(report),
-        "no_recovery": story.NO_RECOVERY,
+        "no_recovery": story.no_recovery(report),
+        "refit": _refit_rows(report),
         "tiles": _tiles(report),
         "variants": found,
         "overall": _overall_rows(found),
@@ -156,6 +157,28 @@ def _layer_row(layer: Layer) -> Row:
         "groups": [", ".join(map(str, group)) for group in layer.groups],
         "dropped_ids": ", ".join(map(str, layer.dropped)),
     }
+
+
+def _refit_rows(report: dict[str, Any]) -> list[Row]:
+    """What the refit of every layer brought, on tokens that it did not see and on all."""
+    found = facts.table(report, "refit")
+    return [
+        {
+            "index": name,
+            "strength": wording.MISSING if row.get("strength") is None else row["strength"],
+            "held_out": _errors(row, "held_out"),
+            "all": _errors(row, "error"),
+            "tokens": wording.decimal(row.get("tokens_per_unknown")),
+            "condition": wording.significant(row.get("condition")),
+            "few": len(row.get("few_tokens") or []),
+        }
+        for name, row in sorted(found.items(), key=lambda pair: int(pair[0]))
+    ]
+
+
+def _errors(row: dict[str, Any], name: str) -> str:
+    before, after = (wording.percent(row.get(f"{name}_{when}")) for when in ("before", "after"))
+    return f"{before} \N{RIGHTWARDS ARROW} {after}"
 
 
 def _check_rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:

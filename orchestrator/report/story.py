@@ -7,7 +7,23 @@ from orchestrator.report import facts, wording
 from orchestrator.report.facts import Variant, of_kind, part
 
 ARROW = " \N{RIGHTWARDS ARROW} "
-NO_RECOVERY = "All quality numbers are WITHOUT recovery training: no weight was trained afterwards."
+NO_RECOVERY = (
+    "All quality numbers are WITHOUT recovery training: no weight was trained on the model's loss"
+    " or on another model's logits."
+)
+REFIT = (
+    "Experts were fitted again to the outputs of the original layers on the calibration sample,"
+    " layer by layer ({how}); the pruning baselines were not."
+)
+
+
+def no_recovery(report: dict[str, Any]) -> str:
+    """What was and what was not done to the weights beside the reduction itself."""
+    if not facts.table(report, "refit"):
+        return NO_RECOVERY
+    steps = part(report, "method", "config", "refit", "polish", "steps")
+    how = f"closed form, then {steps} gradient steps" if steps else "closed form"
+    return f"{NO_RECOVERY} {REFIT.format(how=how)}"
 
 
 @dataclass(frozen=True)
@@ -23,7 +39,12 @@ def experts_phrase(report: dict[str, Any]) -> str:
     if not before:
         return ""
     change = before if after in ("", before) else f"{before}{ARROW}{after}"
-    return f"{change} experts per layer"
+    return ", ".join(_known(f"{change} experts per layer", _width_phrase(report)))
+
+
+def _width_phrase(report: dict[str, Any]) -> str:
+    wide, narrow = part(report, "width", "before"), part(report, "width", "after")
+    return f"{wide}{ARROW}{narrow} neurons each" if narrow not in (None, wide) else ""
 
 
 def _span(counts: dict[str, Any]) -> str:

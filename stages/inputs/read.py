@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,16 @@ class LayerInputs:
         """[N, E] float64: the gate of every expert, zero where it was not selected."""
         zeros = torch.zeros(len(self), self.num_experts, dtype=torch.float64)
         return zeros.scatter_(1, self.ids, self.gates.double())
+
+    def weights(self, task: Mapping[str, float]) -> Tensor:
+        """[N] float32: how much each token counts, by its domain."""
+        of_domain = torch.tensor([task.get(name, 0.0) for name in self.domains])
+        return of_domain[self.domain.long()]
+
+    def only(self, kept: Tensor) -> LayerInputs:
+        """Some of the tokens, [N] bool."""
+        rows = ("hidden", "ids", "gates", "logits", "block", "position", "domain")
+        return replace(self, **{name: getattr(self, name)[kept] for name in rows})
 
     def rows_of(self, domain: str) -> Tensor:
         """Indices of the tokens of one domain, ascending."""

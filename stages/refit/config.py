@@ -11,6 +11,22 @@ from stages.settings import Settings
 VERSION = 1
 
 
+class PolishConfig(Settings):
+    """Gradient steps on one layer's kept experts towards the original layer's outputs.
+
+    They see the layer's sampled inputs alone: no label, no logit, no other layer. Kept only where
+    held-out tokens gain.
+    """
+
+    # 0: closed form only.
+    steps: int = Field(default=150, ge=0)
+    # Size of a step (Adam, cosine decay) in units of each tensor's root mean square.
+    rate: float = Field(default=0.05, gt=0)
+    # Tokens per step.
+    batch: int = Field(default=1024, gt=0)
+    seed: int = Field(default=0, ge=0)
+
+
 class RefitConfig(Settings):
     """Needs the layer-input sample (`calibrate.sample`). Off: reduced experts stay as they are."""
 
@@ -24,3 +40,4 @@ class RefitConfig(Settings):
     # Largest number of unknown rows (experts x neurons) that is solved at once; beyond it experts
     # are solved one after another until nothing moves. The Gram matrix takes 8 times its square.
     joint_limit: int = Field(default=8192, ge=0)
+    polish: PolishConfig = PolishConfig()

@@ -18,7 +18,8 @@ from models.moe import MoeCheckpoint
 from stages.inputs.read import LayerInputs
 from stages.narrow.config import NarrowConfig
 from stages.narrow.surgeon import narrow
-from stages.refit.config import RefitConfig
+from stages.refit.config import PolishConfig, RefitConfig
+from stages.refit.polish import layer_output, polish
 from stages.refit.problem import Problem
 from stages.refit.ridge import gram
 from stages.refit.solve import refit
@@ -69,15 +70,23 @@ def reduce_experts(
     wide = [expert.map(Tensor.float) for expert in experts]
     rows = [expert.down.T.double() for expert in wide]
     found = Reduction(wide)
+    # What judges the refit must not have shaped what it is compared with.
+    judges = held_out(inputs, refit_config.held_out)
+    shaping = [each.among(~judges) for each in use] if refit_config.enabled else use
     if width is not None and width < wide[0].neurons:
-        rows = _narrow_all(found, rows, width, x, use, act, narrow_config)
-    if refit_config.enabled:
-        target = target_of(moe, inputs) - _biases(wide, use, x)
-        rows = _refit_all(found, rows, target, inputs, use, act, refit_config)
+        rows = _narrow_all(found, rows, width, x, shaping, act, narrow_config)
+    target = target_of(moe, inputs) if refit_config.enabled else None
+    if target is not None:
+        own = target - _biases(wide, use, x)
+        rows = _refit_all(found, rows, own, x, judges, use, act, refit_config)
     found.experts = [
-        replace(each, down=row.T.contiguous()).map(lambda t: t.to(experts[0].down.dtype))
+        replace(each, down=row.T.float().contiguous())
         for each, row in zip(found.experts, rows, strict=True)
     ]
+    if target is not None and refit_config.polish.steps:
+        _polish_all(found, target, x, judges, routing, act, refit_config.polish)
+    kind = experts[0].down.dtype
+    found.experts = [each.map(lambda tensor: tensor.to(kind)) for each in found.experts]
     return found
 
 
@@ -128,13 +137,14 @@ def _refit_all(
     found: Reduction,
     rows: list[Tensor],
     target: Tensor,
-    inputs: LayerInputs,
+    x: Tensor,
+    judges: Tensor,
     use: Sequence[Usage],
     act: Activation,
     config: RefitConfig,
 ) -> list[Tensor]:
     """The refitted rows, [I', H] fp64 per expert."""
-    experts, x = found.experts, inputs.hidden.float()
+    experts = found.experts
     problem = Problem(
         inputs=x,
         target=target,
@@ -146,7 +156,7 @@ def _refit_all(
         problem,
         torch.cat(rows),
         list(config.strengths),
-        held_out(inputs, config.held_out),
+        judges,
         config.joint_limit,
     )
     found.facts |= {
@@ -162,6 +172,36 @@ def _refit_all(
         )
     }
     return [fit.weights[problem.rows(index)] for index in range(len(experts))]
+
+
+def _polish_all(
+    found: Reduction,
+    target: Tensor,
+    x: Tensor,
+    judges: Tensor,
+    routing: tuple[Tensor, Tensor],
+    act: Activation,
+    config: PolishConfig,
+) -> None:
+    """Gradient steps on the tokens that do not judge; undone where those that do gain nothing."""
+    ids, gates = routing
+
+    def error(experts: Sequence[Expert]) -> float:
+        made = layer_output(experts, x[judges], ids[judges], gates[judges].float(), act)
+        wanted = target[judges]
+        return float((made - wanted).square().sum() / wanted.square().sum().clamp(min=1e-300))
+
+    before, fit = error(found.experts), ~judges
+    with torch.inference_mode(False), torch.enable_grad():
+        # What was made in inference mode takes part in no gradient; copies do.
+        data = [each.clone() for each in (x[fit], ids[fit], gates[fit].float(), target[fit])]
+        start = [each.map(Tensor.clone) for each in found.experts]
+        tuned = polish(start, data[0], (data[1], data[2]), data[3], act, config)
+    after = error(tuned)
+    found.facts["polished"] = after < before
+    if after < before:
+        found.experts = tuned
+        found.facts["held_out_after"] = after
 
 
 def _biases(experts: Sequence[Expert], use: Sequence[Usage], x: Tensor) -> Tensor | float:

@@ -9,26 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
 
 from models.expert import Expert
 from models.expert_function import Activation, activations, output
+from stages.refit.config import PolishConfig
 
 # Moments of Adam; the defaults of its authors.
 _BETAS = (0.9, 0.999)
-
-
-@dataclass(frozen=True)
-class Steps:
-    """How far to go: `rate` is the size of a step in units of a tensor's root mean square."""
-
-    count: int
-    rate: float
-    batch: int
-    seed: int = 0
 
 
 def polish(
@@ -37,29 +27,31 @@ def polish(
     routing: tuple[Tensor, Tensor],
     target: Tensor,
     act: Activation,
-    steps: Steps,
+    config: PolishConfig,
 ) -> list[Expert]:
-    """Experts in fp32 after `steps.count` steps of Adam on the mean squared output error.
+    """Experts in fp32 after `config.steps` steps of Adam on the mean squared output error.
 
     Args:
         hidden: [N, H] fp32 inputs.
         routing: ids [N, k] among `experts` (negative: gone) and gates [N, k].
         target: [N, H] outputs of the original layer.
     """
+    if not config.steps:
+        return list(experts)
     tuned = [_parameters(expert) for expert in experts]
     groups = [
-        {"params": [tensor], "lr": steps.rate * float(tensor.detach().square().mean().sqrt())}
+        {"params": [tensor], "lr": config.rate * float(tensor.detach().square().mean().sqrt())}
         for each in tuned
         for tensor in each.tensors().values()
     ]
     optimiser = torch.optim.Adam(groups, betas=_BETAS)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps.count))
+        optimiser, lambda step: 0.5 * (1 + math.cos(math.pi * step / config.steps))
     )
-    generator, goal = torch.Generator().manual_seed(steps.seed), target.float()
+    generator, goal = torch.Generator().manual_seed(config.seed), target.float()
     scale = goal.square().mean().clamp(min=1e-30)
-    for _ in range(steps.count):
-        some = torch.randint(len(hidden), (steps.batch,), generator=generator)
+    for _ in range(config.steps):
+        some = torch.randint(len(hidden), (config.batch,), generator=generator)
         ids, gates = (each[some] for each in routing)
         made = layer_output(tuned, hidden[some], ids, gates, act)
         loss = (made - goal[some]).square().mean() / scale
@@ -85,9 +77,4 @@ def layer_output(
 
 def _parameters(expert: Expert) -> Expert:
     """The same expert with tensors that collect gradients."""
-    found = {
-        each.name: tensor
-        for each in fields(expert)
-        if (tensor := getattr(expert, each.name)) is not None
-    }
-    return Expert(**{name: nn.Parameter(tensor.clone()) for name, tensor in found.items()})
+    return expert.map(lambda tensor: nn.Parameter(tensor.clone()))

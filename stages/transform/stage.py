@@ -7,7 +7,7 @@ refit, its input sample, so layers run anywhere, in any order, and the memory is
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,8 @@ class TransformUnit(OneFile):
     refit: RefitConfig = field(default_factory=lambda: RefitConfig(enabled=False))
     # Sample of what enters the layer, and its digest; None: there is none, and nothing is refitted.
     inputs: tuple[Path, str] | None = None
+    # Weights of domains in the sample; None: every token counts alike.
+    task: tuple[tuple[str, float], ...] | None = None
 
     @property
     def name(self) -> str:
@@ -105,6 +107,7 @@ class TransformUnit(OneFile):
                 "narrow": self.narrow.model_dump(mode="json"),
                 "refit": self.refit.model_dump(mode="json"),
                 "inputs": None if self.inputs is None else self.inputs[1],
+                "task": None if self.task is None else dict(self.task),
             }
         }
 
@@ -123,12 +126,14 @@ def plan(
     narrow: NarrowConfig | None = None,
     refit: RefitConfig | None = None,
     inputs: Mapping[int, tuple[Path, str]] | None = None,
+    task: Mapping[str, float] | None = None,
 ) -> list[TransformUnit]:
     """One unit per output file.
 
     Args:
         refit: None leaves reduced experts as they are.
         inputs: layer -> its sampled inputs and their digest.
+        task: weights of domains in narrowing and refit.
     """
     by_layer = {decision.layer: decision for decision in decisions}
     return [
@@ -145,6 +150,7 @@ def plan(
             narrow=narrow or NarrowConfig(),
             refit=refit or RefitConfig(enabled=False),
             inputs=None if layout.layer is None else (inputs or {}).get(layout.layer),
+            task=None if task is None else tuple(sorted(task.items())),
         )
         for layout in layouts
     ]
@@ -203,9 +209,16 @@ def reduce_layer(
         )
     inputs = LayerInputs.read(unit.inputs[0])
     check_function(unit.moe, decision.layer, inputs.hidden[:_COMPARED])
-    routing = _routing(unit, decision, merged, routers, inputs)
+    weights = None if unit.task is None else inputs.weights(dict(unit.task))
+    if weights is not None:  # tokens of other domains count nothing
+        inputs, weights = inputs.only(weights > 0), weights[weights > 0]
+    ids, gates = _routing(unit, decision, merged, routers, inputs)
+    if weights is not None:
+        # Squares over a token count w times if its gates, here and in the target, are scaled.
+        scale = weights.sqrt()[:, None]
+        inputs, gates = replace(inputs, gates=inputs.gates * scale), gates * scale
     return reduce_experts(
-        unit.moe, merged, decision.width, inputs, routing, unit.narrow, unit.refit
+        unit.moe, merged, decision.width, inputs, (ids, gates), unit.narrow, unit.refit
     )
 
 

@@ -45,6 +45,16 @@ def test_other_signals_end_the_unit_in_hand(number: signal.Signals, code: int) -
     assert caught.value.exit_code == code
 
 
+def test_an_error_that_a_library_makes_of_the_interruption_is_not_taken_for_the_cause() -> None:
+    with heeding_signals(), pytest.raises(Interrupted) as caught, heeding_signals():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        except Interrupted as interrupted:
+            raise SystemError("returned a result with an exception set") from interrupted
+    assert caught.value.exit_code == 143
+
+
 def test_handlers_are_given_back() -> None:
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
     with stopping_at_once(), heeding_signals():

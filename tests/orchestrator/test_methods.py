@@ -18,8 +18,8 @@ from orchestrator.run import run
 from orchestrator.run_folder import MAIN
 from stages.calibrate.statistics import read_statistics
 from stages.export.layout import sizes
-from stages.group.config import METHODS
 from stages.group.decision import from_table
+from stages.group.methods import DECIDE
 from stages.group.stage import decide
 from stages.group.task import task_layers
 from tests.orchestrator.refusals import assert_refused
@@ -35,7 +35,7 @@ def again(finished: Inputs, folder: Path, **changes: Any) -> Prepared:
     return prepare(load(str(folder / "recipe.yaml")).config)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", DECIDE)
 def test_every_method_decides_on_one_observation(
     finished: Inputs, tmp_path: Path, method: str
 ) -> None:

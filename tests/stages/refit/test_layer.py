@@ -14,13 +14,15 @@ from models.expert import Expert
 from models.moe import MoeCheckpoint
 from stages.inputs.read import LayerInputs
 from stages.narrow.config import NarrowConfig
-from stages.refit.config import RefitConfig
+from stages.refit.config import PolishConfig, RefitConfig
 from stages.refit.layer import Reduction, held_out, reduce_experts, target_of
 from tests.tiny import EXPERTS, HIDDEN, TOP_K, apply, save_tiny
 
 TOKENS, LAYER = 600, 0
 NARROW = NarrowConfig(ridge=1e-6)
-OFF, ON = RefitConfig(enabled=False), RefitConfig(strengths=(1e-4, 1e-2))
+CLOSED = PolishConfig(steps=0)
+OFF = RefitConfig(enabled=False)
+ON = RefitConfig(enabled=True, strengths=(1e-4, 1e-2), polish=CLOSED)
 
 
 @pytest.fixture(scope="module")
@@ -187,3 +189,25 @@ def test_the_stored_type_stays(tmp_path: Path, dtype: torch.dtype) -> None:
     found = reduced(moe, inputs, experts, inputs.ids, experts[0].neurons // 2, ON)
 
     assert {t.dtype for e in found.experts for t in e.tensors().values()} == {dtype}
+
+
+def test_gradient_steps_are_kept_where_held_out_tokens_gain(moe: MoeCheckpoint) -> None:
+    """Gate projections were damaged, which no down projection can make good."""
+    inputs = sample(2000)
+    experts = [replace(each, gate=0.4 * _gate(each)) for each in experts_of(moe)]
+
+    closed, polished, wild = (
+        reduced(moe, inputs, experts, inputs.ids, refit=ON.model_copy(update={"polish": each}))
+        for each in (CLOSED, PolishConfig(steps=150), PolishConfig(steps=3, rate=100.0))
+    )
+
+    assert polished.facts["polished"] and not wild.facts["polished"]
+    assert polished.facts["held_out_after"] < 0.7 * closed.facts["held_out_after"]
+    assert wild.facts["held_out_after"] == pytest.approx(closed.facts["held_out_after"], rel=1e-4)
+    for mine, same in zip(closed.experts, wild.experts, strict=True):
+        assert mine.down.equal(same.down)
+
+
+def _gate(expert: Expert) -> Tensor:
+    assert expert.gate is not None
+    return expert.gate
