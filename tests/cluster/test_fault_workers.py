@@ -26,7 +26,7 @@ STAGES = {
     "inputs": r"/calibration/inputs/\.",
     "subsample": r"/calibration/subsample/\.",
     "transform": r"/run/layers/\.",
-    "export": r"/run/\.output\.\w+\.tmp/\.",
+    "export": r"/run/\.output\.[^/]+\.tmp/\.",
     "evaluate": r"/evaluation/compressed/\.",
 }
 
