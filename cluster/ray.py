@@ -21,6 +21,7 @@ import ray.exceptions as failures
 
 from cluster.errors import InfrastructureError, LostPeer
 from cluster.executor import Job, R, Resources, T, fix_threads, never
+from cluster.head import Head
 from cluster.replica import Replica, replicas_that_fit
 from cluster.shared import check_shared
 
@@ -30,8 +31,14 @@ _LOST = (
     failures.WorkerCrashedError,
     failures.RayActorError,
     failures.NodeDiedError,
+    failures.OutOfMemoryError,
     LostPeer,
 )
+# After Ray's memory monitor has ended a worker; twice as long each time that it ends the same unit.
+_MEMORY_PAUSE_SECONDS = 2.0
+# While no unit ends, the cluster's head is looked for as often as this.
+_LOOK_SECONDS = 5.0
+_LOW = "running low on memory"
 
 
 class RayExecutor:
@@ -57,8 +64,16 @@ class RayExecutor:
         pool = _pool_of(self, job)
         try:
             yield from _drive(pool, units, min(self._width(job), len(units)), stop)
+        except failures.RayTaskError:
+            raise  # of a unit, and without a cause that could be raised in its place
+        except failures.RayError as error:
+            raise InfrastructureError(f"the Ray cluster failed: {error}") from error
         finally:
             pool.close()
+
+    def check_head(self) -> None:
+        """Raises InfrastructureError once the cluster's head is lost."""
+        self._head.check()
 
     def check_shared(self, run: Path, inputs: Sequence[Path]) -> None:
         """A task on every node reads a file that this process writes, and answers with one."""
@@ -113,6 +128,7 @@ class RayExecutor:
             logging_level=logging.ERROR,
             **(own if self._address == "local" else {}),
         )
+        self._head = Head()
         return self
 
     def __exit__(
@@ -277,19 +293,24 @@ def _drive(
             running.append(_Flight(bundle, refs, list(refs)))
         if not running:
             return
-        ended, error = _next_ended(running, pool.patience)
+        ended, error = _next_ended(running, pool.patience, pool.executor.check_head)
         running.remove(ended)
         # The unit's own exception, as it would have been raised in this process.
         own = error.cause if isinstance(error, failures.RayTaskError) else None
         if isinstance(own or error, _LOST):
             pool.release(ended.refs, lost=True)
+            pool.executor.check_head()
             tried = max(attempts[index] for index in ended.bundle)
             if tried > pool.executor.max_retries:
                 names = " with ".join(units[index].name for index in ended.bundle)
                 raise InfrastructureError(
-                    f"{names} lost its worker {tried} times: {error}"
+                    f"{names} lost its worker {tried} times: {_in_short(error)}"
                 ) from error
             waiting.extend(reversed(ended.bundle))
+            if _short_of_memory(error):
+                # Fewer side by side need less; and others may be about to let go of theirs.
+                width = max(width - 1, 1)
+                time.sleep(_MEMORY_PAUSE_SECONDS * 2 ** (tried - 1))
         elif error is not None:
             # Nobody knows in which state the peers of a failed rank are.
             pool.release(ended.refs, lost=len(ended.refs) > 1)
@@ -300,15 +321,31 @@ def _drive(
             yield from zip(ended.bundle, results, strict=True)
 
 
-def _next_ended(running: list[_Flight], patience: float) -> tuple[_Flight, Exception | None]:
+def _short_of_memory(error: Exception | None) -> bool:
+    """Whether Ray's memory monitor ended the worker; of an actor's end it only tells in words."""
+    return isinstance(error, failures.OutOfMemoryError) or _LOW in str(error)
+
+
+def _in_short(error: Exception | None) -> str:
+    """What Ray says; of memory, one line of its fifty, and what to do."""
+    if not _short_of_memory(error):
+        return str(error)
+    line = next((line for line in str(error).splitlines() if _LOW in line), _LOW)
+    return f"{line.strip()}; fewer `executor.workers` need less at a time"
+
+
+def _next_ended(
+    running: list[_Flight], patience: float, check_head: Callable[[], None]
+) -> tuple[_Flight, Exception | None]:
     """The next bundle of which every process ended well, or any one failed, and how it failed."""
     while True:
         pending = {ref: flight for flight in running for ref in flight.open}
         first = min(running, key=lambda flight: flight.deadline)
         left = max(first.deadline - time.monotonic(), 0)
-        ready, _ = ray.wait(
-            list(pending), num_returns=1, timeout=None if math.isinf(left) else left
-        )
+        ready, _ = ray.wait(list(pending), num_returns=1, timeout=min(left, _LOOK_SECONDS))
+        if not ready and left > _LOOK_SECONDS:
+            check_head()
+            continue
         if not ready:
             return first, LostPeer(f"a rank was silent for {patience:g} s after another had ended")
         flight = pending[ready[0]]

@@ -19,17 +19,23 @@ _WHOLE = 256 << 20
 _SAMPLE = 64 << 10
 
 
+def attempt() -> str:
+    """A word that no other running process has. Process ids alone repeat on other hosts, where a
+    node that was cut off may still be writing what another one writes anew."""
+    return f"{os.uname().nodename}-{os.getpid()}"
+
+
 @contextmanager
 def staged(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; on success it becomes `path`, otherwise it is removed.
 
-    The name carries the process id: two attempts at one unit never share a temporary file.
+    The name carries host and process: two attempts at one unit never share a temporary file.
 
     Raises:
         DiskFull: the device ran out of space (whichever library noticed first).
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{attempt()}.tmp")
     try:
         yield temporary
         _sync(temporary)

@@ -89,6 +89,9 @@ def _the_truth(stop: Stop) -> Iterator[None]:
     except BaseException as error:
         if stop.number in AT_ONCE:
             raise Interrupted(stop.number) from error
+        # `ray.init` puts a handler of its own in place of ours, which exits with the bare number.
+        if isinstance(error, SystemExit) and error.code == signal.SIGTERM:
+            raise Interrupted(signal.SIGTERM) from error
         raise
 
 

@@ -7,7 +7,6 @@ that the sums are the same to the last bit.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from models.atomic import reporting_full_disk
+from models.atomic import attempt, reporting_full_disk
 from models.blocks import find_block
 from models.streaming.model import LayerCall, StreamedModel, argument_bytes
 from stages.calibrate.observer import Routed, watching
@@ -106,8 +105,8 @@ class HiddenStates:
 @contextmanager
 def _scratch(output: Path) -> Iterator[Path]:
     """A folder beside the output that is gone afterwards."""
-    # The process id: two attempts at one shard never share hidden states.
-    folder = output.with_name(f".{output.name}.{os.getpid()}{_SUFFIX}")
+    # Two attempts at one shard never share hidden states.
+    folder = output.with_name(f".{output.name}.{attempt()}{_SUFFIX}")
     folder.mkdir(parents=True)
     try:
         yield folder

@@ -15,7 +15,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from models.atomic import link_or_copy, write_json
+from models.atomic import attempt, link_or_copy, write_json
 from models.checkpoint import INDEX
 from models.errors import CheckpointError
 from models.moe import MoeCheckpoint
@@ -89,7 +89,7 @@ def run_one(unit: ExportUnit) -> dict[str, Any]:
     Raises:
         GateError: the folder did not open as promised; the temporary folder is removed.
     """
-    staging = unit.output.with_name(f".{unit.output.name}.{os.getpid()}.tmp")
+    staging = unit.output.with_name(f".{unit.output.name}.{attempt()}.tmp")
     for stale in unit.output.parent.glob(f".{unit.output.name}.*.tmp"):
         shutil.rmtree(stale)
     staging.mkdir(parents=True)

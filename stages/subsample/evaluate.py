@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models.atomic import reporting_full_disk
+from models.atomic import attempt, reporting_full_disk
 from models.expert_function import activation, activations, output
 from models.moe import MoeCheckpoint
 from stages.inputs.read import LayerInputs
@@ -113,7 +113,7 @@ def _room(shape: tuple[int, int, int], beside: Path) -> Iterator[Tensor]:
     if size <= HELD_BYTES:
         yield torch.empty(shape)
         return
-    path = beside.with_name(f".{beside.name}.{os.getpid()}.outputs.tmp")
+    path = beside.with_name(f".{beside.name}.{attempt()}.outputs.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         # All blocks are taken first: on a full disk, writing to a mapping would kill the process.

@@ -153,3 +153,10 @@ def test_a_file_is_copied_where_no_link_is_possible(
 
     assert (tmp_path / "target").read_bytes() == b"content"
     assert not (tmp_path / "target").samefile(tmp_path / "source")
+
+
+def test_attempts_on_two_hosts_do_not_write_to_one_temporary_file(tmp_path: Path) -> None:
+    """Process ids repeat: a host that was cut off may have the same one."""
+    with atomic.staged(tmp_path / "x") as temporary:
+        temporary.write_bytes(b"x")
+        assert f".{os.uname().nodename}-{os.getpid()}." in temporary.name

@@ -113,3 +113,14 @@ def test_an_interrupted_run_prints_one_line_and_goes_on(
     events = list(read_events(inputs.run_dir / "events.jsonl"))
     kept = [e for e in events if e["event"] == "resuming" and e["stage"] == "calibrate"]
     assert [event["done"] for event in kept] == [len(finished)]
+
+
+@pytest.mark.slow
+def test_a_signal_right_after_ray_has_started_is_no_exit_of_rays_own() -> None:
+    """Ray's own handler stands between `ray.init` and `heeding_signals`."""
+    from cluster.ray import RayExecutor
+
+    with pytest.raises(Interrupted) as caught, stopping_at_once(), RayExecutor(workers=1):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+    assert caught.value.exit_code == 143

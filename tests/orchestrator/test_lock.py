@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 import time
@@ -54,3 +55,34 @@ def test_a_killed_process_lets_go(inputs: Inputs, busy: int) -> None:
         except RunFolderError:
             time.sleep(0.05)
     pytest.fail("the lock outlived its process")
+
+
+def test_of_many_that_start_at_once_one_gets_in_and_all_others_name_it(inputs: Inputs) -> None:
+    """Also where the file still holds the name of a process that was killed."""
+    inputs.run_dir.mkdir()
+    (inputs.run_dir / "run.lock").write_text(f"process 4194399 on {socket.gethostname()}\n")
+    code = (
+        "import sys; from pathlib import Path; from orchestrator.errors import RunFolderError\n"
+        "from orchestrator.lock import exclusive; from orchestrator.run_folder import RunFolder\n"
+        "print('ready', flush=True); sys.stdin.readline()\n"
+        "try:\n"
+        "    with exclusive(RunFolder(Path(sys.argv[1]))):\n"
+        "        print('in', flush=True); sys.stdin.read()\n"
+        "except RunFolderError as error: print(error.cause, flush=True)"
+    )
+    words = [sys.executable, "-c", code, str(inputs.run_dir)]
+    pipe = subprocess.PIPE
+    all_ = [subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True) for _ in range(6)]
+    for process in all_:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    for process in all_:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    said = {process.pid: process.stdout.readline() for process in all_ if process.stdout}
+    for process in all_:
+        process.communicate()
+    inside = [pid for pid, line in said.items() if line == "in\n"]
+    assert len(inside) == 1
+    others = [line for pid, line in said.items() if pid not in inside]
+    assert all(f": process {inside[0]} on {socket.gethostname()}\n" in line for line in others)
