@@ -10,7 +10,8 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +21,19 @@ import ray
 import ray.exceptions as failures
 
 from cluster.errors import InfrastructureError, LostPeer
-from cluster.executor import Job, R, Resources, T, fix_threads, never
+from cluster.executor import (
+    Cause,
+    Heed,
+    Job,
+    Lost,
+    R,
+    Resources,
+    T,
+    fix_threads,
+    ignore,
+    never,
+)  # fmt: skip
+from cluster.metrics import Metrics
 from cluster.replica import Replica, replicas_that_fit
 from cluster.shared import check_shared
 
@@ -30,6 +43,7 @@ _LOST = (
     failures.WorkerCrashedError,
     failures.RayActorError,
     failures.NodeDiedError,
+    failures.OutOfMemoryError,
     LostPeer,
 )
 
@@ -44,21 +58,33 @@ class RayExecutor:
         workers: int | None = None,
         threads: int = 1,
         max_retries: int = 3,
+        memory_retries: int = 1,
     ) -> None:
+        """`max_retries`: of one unit whose worker, node or peer was lost. `memory_retries`: of one
+        whose worker was killed because its node ran out of memory."""
         self._address = address
         self._wanted = workers
         self._threads = threads
-        self._max_retries = max_retries
+        self._budgets: dict[Cause, int] = {"lost": max_retries, "out_of_memory": memory_retries}
+        self.metrics = Metrics()
 
     def imap(
-        self, job: Job[T, R], units: Sequence[T], stop: Callable[[], bool] = never
+        self,
+        job: Job[T, R],
+        units: Sequence[T],
+        stop: Callable[[], bool] = never,
+        heed: Heed = ignore,
     ) -> Iterator[tuple[int, R]]:
         """Runs the units with a bounded number in flight."""
         pool = _pool_of(self, job)
         try:
-            yield from _drive(pool, units, min(self._width(job), len(units)), stop)
+            yield from _drive(pool, units, min(self._width(job), len(units)), stop, heed)
         finally:
             pool.close()
+
+    def heed(self, event: Mapping[str, Any]) -> None:
+        """Counts it in Ray's own metrics."""
+        self.metrics.count(event)
 
     def check_shared(self, run: Path, inputs: Sequence[Path]) -> None:
         """A task on every node reads a file that this process writes, and answers with one."""
@@ -95,10 +121,9 @@ class RayExecutor:
         """Threads inside a unit."""
         return self._threads
 
-    @property
-    def max_retries(self) -> int:
-        """How often one unit is run again after its worker or node was lost."""
-        return self._max_retries
+    def budget(self, cause: Cause) -> int:
+        """How often one unit is run again after it was lost to this cause."""
+        return self._budgets[cause]
 
     def __enter__(self) -> Self:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -261,20 +286,20 @@ class _Flight:
 
 
 def _drive(
-    pool: _Pool, units: Sequence[Any], width: int, stop: Callable[[], bool]
+    pool: _Pool, units: Sequence[Any], width: int, stop: Callable[[], bool], heed: Heed
 ) -> Iterator[tuple[int, Any]]:
     """Feeds units into the pool, `width` bundles at a time, and yields results as they end."""
     waiting = list(reversed(range(len(units))))
-    attempts = dict.fromkeys(range(len(units)), 0)
+    losses: Counter[tuple[int, Cause]] = Counter()
     running: list[_Flight] = []
     while waiting or running:
         while waiting and len(running) < width and not stop():
             # The last units are spread over the free replicas, not packed into one.
             share = -(-len(waiting) // (width - len(running)))
             bundle = [waiting.pop() for _ in range(min(pool.bundle, share))]
-            attempts.update((index, attempts[index] + 1) for index in bundle)
             refs = pool.start([units[index] for index in bundle])
             running.append(_Flight(bundle, refs, list(refs)))
+        pool.executor.metrics.in_flight(sum(len(flight.bundle) for flight in running))
         if not running:
             return
         ended, error = _next_ended(running, pool.patience)
@@ -283,12 +308,7 @@ def _drive(
         own = error.cause if isinstance(error, failures.RayTaskError) else None
         if isinstance(own or error, _LOST):
             pool.release(ended.refs, lost=True)
-            tried = max(attempts[index] for index in ended.bundle)
-            if tried > pool.executor.max_retries:
-                names = " with ".join(units[index].name for index in ended.bundle)
-                raise InfrastructureError(
-                    f"{names} lost its worker {tried} times: {error}"
-                ) from error
+            _spend(pool, units, ended.bundle, own or error, losses, heed)
             waiting.extend(reversed(ended.bundle))
         elif error is not None:
             # Nobody knows in which state the peers of a failed rank are.
@@ -298,6 +318,39 @@ def _drive(
             results = ray.get(ended.refs[: len(ended.bundle)])
             pool.release(ended.refs, lost=False)
             yield from zip(ended.bundle, results, strict=True)
+
+
+def _spend(
+    pool: _Pool,
+    units: Sequence[Any],
+    bundle: Sequence[int],
+    error: BaseException | None,
+    losses: Counter[tuple[int, Cause]],
+    heed: Heed,
+) -> None:
+    """Takes one retry from the budgets of a lost bundle, and says so.
+
+    Raises:
+        InfrastructureError: nothing was left.
+    """
+    cause = _cause(error)
+    losses.update((index, cause) for index in bundle)
+    times = max(losses[index, cause] for index in bundle)
+    names = [units[index].name for index in bundle]
+    retried = times <= pool.executor.budget(cause)
+    heed(Lost(names, cause, times, retried, str(error)))
+    if not retried:
+        why = "ran out of memory" if cause == "out_of_memory" else "lost its worker"
+        spent = InfrastructureError(f"{' with '.join(names)} {why} {times} times: {error}")
+        spent.__dict__["unit"] = names[0]
+        raise spent from error
+
+
+def _cause(error: BaseException | None) -> Cause:
+    """Ray tells an actor's death by the memory monitor in words only."""
+    if isinstance(error, failures.OutOfMemoryError):
+        return "out_of_memory"
+    return "out_of_memory" if "memory pressure" in str(error) else "lost"
 
 
 def _next_ended(running: list[_Flight], patience: float) -> tuple[_Flight, Exception | None]:

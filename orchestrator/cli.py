@@ -178,7 +178,7 @@ def main() -> None:
         with stopping_at_once():
             app(standalone_mode=True)
     except (UserError, InfrastructureError) as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo("\n  ".join([f"error: {error}", *getattr(error, "__notes__", ())]), err=True)
         sys.exit(exit_code(error))
     except Interrupted as stop:
         again = shlex.join(["coalesce", *sys.argv[1:]])
