@@ -92,9 +92,9 @@ def test_a_running_run_shows_its_stage_units_and_time_left(
     begin(log)
     found = stages(folder)
     assert (found["verify"]["state"], found["verify"]["seconds"]) == ("done", 2.5)
-    assert found["calibrate"] | {"peak": 0} == {
-        "units": 4, "done": 1, "seconds": 0.0, "eta": 30.0, "peak": 0, "state": "running"
-    }  # fmt: skip
+    running = found["calibrate"]
+    assert (running["units"], running["done"], running["state"]) == (4, 1, "running")
+    assert 29 < running["eta"] <= 30 and 0 <= running["seconds"] < 5
     assert "last sign of life" in headline(folder)
     assert "1/4" in shown(folder) and "30 s" in shown(folder) and "waiting" in shown(folder)
 
