@@ -149,13 +149,11 @@ def writing(logs: LogFolder, name: str) -> Iterator[Attempt]:
             raise
         if attempt.done is not None and attempt.done.resumed and _size(file) == begun:
             file.truncate(before)
+            if before == 0:
+                path.unlink(missing_ok=True)
             return
         peak = f", peak memory {attempt.done.peak_rss_bytes >> 20} MiB" if attempt.done else ""
         _say(file, f"--- done after {_since(start)}{peak}\n")
-    if before == 0 and attempt.done is not None and attempt.done.resumed:
-        with suppress(OSError):
-            if path.stat().st_size == 0:
-                path.unlink()
 
 
 def attempts(text: str) -> int:
