@@ -180,9 +180,14 @@ class _Pool:
 
 
 class _TaskPool(_Pool):
+    def __init__(self, executor: RayExecutor, job: Job[Any, Any]) -> None:
+        super().__init__(executor, job)
+        options = executor.options(job.resources)
+        # Made once: every new remote function is sent to the head node and stays there.
+        self._task = ray.remote(_run_task).options(max_retries=0, **options)
+
     def start(self, units: Sequence[Any]) -> list[ray.ObjectRef]:
-        options = self.executor.options(self.job.resources)
-        task = ray.remote(_run_task).options(max_retries=0, **options)
+        task = self._task
         return [task.remote(self.job.make_worker, each, self.executor.threads) for each in units]
 
 
