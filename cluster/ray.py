@@ -343,10 +343,12 @@ def _spend(
     times = max(losses[index, cause] for index in bundle)
     names = [units[index].name for index in bundle]
     retried = times <= pool.executor.budget(cause)
-    heed(Lost(names, cause, times, retried, str(error)))
+    # Ray goes on with lists of processes and their command lines, which may hold secrets.
+    said = " ".join(line.strip() for line in str(error).splitlines()[:2])
+    heed(Lost(names, cause, times, retried, said))
     if not retried:
         why = "ran out of memory" if cause == "out_of_memory" else "lost its worker"
-        spent = InfrastructureError(f"{' with '.join(names)} {why} {times} times: {error}")
+        spent = InfrastructureError(f"{' with '.join(names)} {why} {times} times: {said}")
         spent.__dict__["unit"] = names[0]
         raise spent from error
 
