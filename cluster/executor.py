@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Generic, Literal, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, Self, TypeVar
 
 if TYPE_CHECKING:
     from cluster.expert_parallel import ExpertGroup
@@ -62,16 +62,48 @@ def never() -> bool:
     return False
 
 
+Cause = Literal["lost", "out_of_memory"]
+
+
+@dataclass(frozen=True)
+class Lost:
+    """Units whose worker was lost to the infrastructure: `lost` to a kill, a node or a peer,
+    `out_of_memory` to the memory monitor."""
+
+    units: Sequence[str]
+    cause: Cause
+    # How often these units have been lost to this cause, this time included.
+    times: int
+    # Whether they are run again; False: the budget of the cause is spent.
+    retried: bool
+    error: str
+
+
+Heed = Callable[[Lost], None]
+
+
+def ignore(lost: Lost) -> None:
+    """Nobody wants to know."""
+
+
 class Executor(Protocol):
     """Runs units somewhere and yields results in the order in which they end."""
 
     def imap(
-        self, job: Job[T, R], units: Sequence[T], stop: Callable[[], bool] = never
+        self,
+        job: Job[T, R],
+        units: Sequence[T],
+        stop: Callable[[], bool] = never,
+        heed: Heed = ignore,
     ) -> Iterator[tuple[int, R]]:
         """Yields (index of the unit, its result); the first failure ends the iteration.
 
-        Once `stop()` is true no unit is started; those in flight end and are yielded.
+        Once `stop()` is true no unit is started; those in flight end and are yielded. `heed` hears
+        of every lost worker, before its units are run again.
         """
+
+    def heed(self, event: Mapping[str, Any]) -> None:
+        """Hears every event of the run: where the cluster keeps metrics, it counts them."""
 
     def check_shared(self, run: Path, inputs: Sequence[Path]) -> None:
         """Makes sure that every node that runs units sees the run folder and the inputs.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
-from cluster.executor import Job, R, T, fix_threads, never
+from cluster.executor import Heed, Job, R, T, fix_threads, ignore, never
 
 
 class LocalExecutor:
@@ -17,9 +17,13 @@ class LocalExecutor:
         self._threads = threads
 
     def imap(
-        self, job: Job[T, R], units: Sequence[T], stop: Callable[[], bool] = never
+        self,
+        job: Job[T, R],
+        units: Sequence[T],
+        stop: Callable[[], bool] = never,
+        heed: Heed = ignore,
     ) -> Iterator[tuple[int, R]]:
-        """Runs the units in their order."""
+        """Runs the units in their order; there is no worker to lose."""
         assert job.replicas is None, "one process is no replica of several"
         fix_threads(self._threads)
         worker = job.make_worker()
@@ -30,6 +34,9 @@ class LocalExecutor:
 
     def check_shared(self, run: Path, inputs: Sequence[Path]) -> None:
         """One process sees what it sees."""
+
+    def heed(self, event: Mapping[str, Any]) -> None:
+        """One process keeps no metrics."""
 
     def __enter__(self) -> Self:
         return self

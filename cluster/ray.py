@@ -10,7 +10,8 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -20,8 +21,21 @@ import ray
 import ray.exceptions as failures
 
 from cluster.errors import InfrastructureError, LostPeer
-from cluster.executor import Job, R, Resources, T, fix_threads, never
+from cluster.executor import (
+    Cause,
+    Heed,
+    Job,
+    Lost,
+    R,
+    Resources,
+    T,
+    fix_threads,
+    ignore,
+    never,
+)  # fmt: skip
 from cluster.head import Head
+from cluster.losses import in_short, short_of_memory
+from cluster.metrics import Metrics
 from cluster.replica import Replica, replicas_that_fit
 from cluster.shared import check_shared
 
@@ -38,7 +52,6 @@ _LOST = (
 _MEMORY_PAUSE_SECONDS = 2.0
 # While no unit ends, the cluster's head is looked for as often as this.
 _LOOK_SECONDS = 5.0
-_LOW = "running low on memory"
 
 
 class RayExecutor:
@@ -51,19 +64,27 @@ class RayExecutor:
         workers: int | None = None,
         threads: int = 1,
         max_retries: int = 3,
+        memory_retries: int = 3,
     ) -> None:
+        """`max_retries`: of one unit whose worker, node or peer was lost. `memory_retries`: of one
+        whose worker was killed because its node ran out of memory."""
         self._address = address
         self._wanted = workers
         self._threads = threads
-        self._max_retries = max_retries
+        self._budgets: dict[Cause, int] = {"lost": max_retries, "out_of_memory": memory_retries}
+        self.metrics = Metrics()
 
     def imap(
-        self, job: Job[T, R], units: Sequence[T], stop: Callable[[], bool] = never
+        self,
+        job: Job[T, R],
+        units: Sequence[T],
+        stop: Callable[[], bool] = never,
+        heed: Heed = ignore,
     ) -> Iterator[tuple[int, R]]:
         """Runs the units with a bounded number in flight."""
         pool = _pool_of(self, job)
         try:
-            yield from _drive(pool, units, min(self._width(job), len(units)), stop)
+            yield from _drive(pool, units, min(self._width(job), len(units)), stop, heed)
         except failures.RayTaskError:
             raise  # of a unit, and without a cause that could be raised in its place
         except failures.RayError as error:
@@ -74,6 +95,10 @@ class RayExecutor:
     def check_head(self) -> None:
         """Raises InfrastructureError once the cluster's head is lost."""
         self._head.check()
+
+    def heed(self, event: Mapping[str, Any]) -> None:
+        """Counts it in Ray's own metrics."""
+        self.metrics.count(event)
 
     def check_shared(self, run: Path, inputs: Sequence[Path]) -> None:
         """A task on every node reads a file that this process writes, and answers with one."""
@@ -110,10 +135,9 @@ class RayExecutor:
         """Threads inside a unit."""
         return self._threads
 
-    @property
-    def max_retries(self) -> int:
-        """How often one unit is run again after its worker or node was lost."""
-        return self._max_retries
+    def budget(self, cause: Cause) -> int:
+        """How often one unit is run again after it was lost to this cause."""
+        return self._budgets[cause]
 
     def __enter__(self) -> Self:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -171,9 +195,14 @@ class _Pool:
 
 
 class _TaskPool(_Pool):
+    def __init__(self, executor: RayExecutor, job: Job[Any, Any]) -> None:
+        super().__init__(executor, job)
+        options = executor.options(job.resources)
+        # Made once: every new remote function is sent to the head node and stays there.
+        self._task = ray.remote(_run_task).options(max_retries=0, **options)
+
     def start(self, units: Sequence[Any]) -> list[ray.ObjectRef]:
-        options = self.executor.options(self.job.resources)
-        task = ray.remote(_run_task).options(max_retries=0, **options)
+        task = self._task
         return [task.remote(self.job.make_worker, each, self.executor.threads) for each in units]
 
 
@@ -277,20 +306,20 @@ class _Flight:
 
 
 def _drive(
-    pool: _Pool, units: Sequence[Any], width: int, stop: Callable[[], bool]
+    pool: _Pool, units: Sequence[Any], width: int, stop: Callable[[], bool], heed: Heed
 ) -> Iterator[tuple[int, Any]]:
     """Feeds units into the pool, `width` bundles at a time, and yields results as they end."""
     waiting = list(reversed(range(len(units))))
-    attempts = dict.fromkeys(range(len(units)), 0)
+    losses: Counter[tuple[int, Cause]] = Counter()
     running: list[_Flight] = []
     while waiting or running:
         while waiting and len(running) < width and not stop():
             # The last units are spread over the free replicas, not packed into one.
             share = -(-len(waiting) // (width - len(running)))
             bundle = [waiting.pop() for _ in range(min(pool.bundle, share))]
-            attempts.update((index, attempts[index] + 1) for index in bundle)
             refs = pool.start([units[index] for index in bundle])
             running.append(_Flight(bundle, refs, list(refs)))
+        pool.executor.metrics.in_flight(sum(len(flight.bundle) for flight in running))
         if not running:
             return
         ended, error = _next_ended(running, pool.patience, pool.executor.check_head)
@@ -300,17 +329,12 @@ def _drive(
         if isinstance(own or error, _LOST):
             pool.release(ended.refs, lost=True)
             pool.executor.check_head()
-            tried = max(attempts[index] for index in ended.bundle)
-            if tried > pool.executor.max_retries:
-                names = " with ".join(units[index].name for index in ended.bundle)
-                raise InfrastructureError(
-                    f"{names} lost its worker {tried} times: {_in_short(error)}"
-                ) from error
+            cause, times = _spend(pool, units, ended.bundle, own or error, losses, heed)
             waiting.extend(reversed(ended.bundle))
-            if _short_of_memory(error):
+            if cause == "out_of_memory":
                 # Fewer side by side need less; and others may be about to let go of theirs.
                 width = max(width - 1, 1)
-                time.sleep(_MEMORY_PAUSE_SECONDS * 2 ** (tried - 1))
+                time.sleep(_MEMORY_PAUSE_SECONDS * 2 ** (times - 1))
         elif error is not None:
             # Nobody knows in which state the peers of a failed rank are.
             pool.release(ended.refs, lost=len(ended.refs) > 1)
@@ -321,17 +345,32 @@ def _drive(
             yield from zip(ended.bundle, results, strict=True)
 
 
-def _short_of_memory(error: Exception | None) -> bool:
-    """Whether Ray's memory monitor ended the worker; of an actor's end it only tells in words."""
-    return isinstance(error, failures.OutOfMemoryError) or _LOW in str(error)
+def _spend(
+    pool: _Pool,
+    units: Sequence[Any],
+    bundle: Sequence[int],
+    error: BaseException | None,
+    losses: Counter[tuple[int, Cause]],
+    heed: Heed,
+) -> tuple[Cause, int]:
+    """Takes one retry from the budgets of a lost bundle, and says so: the cause, how often it was.
 
-
-def _in_short(error: Exception | None) -> str:
-    """What Ray says; of memory, one line of its fifty, and what to do."""
-    if not _short_of_memory(error):
-        return str(error)
-    line = next((line for line in str(error).splitlines() if _LOW in line), _LOW)
-    return f"{line.strip()}; fewer `executor.workers` need less at a time"
+    Raises:
+        InfrastructureError: nothing was left.
+    """
+    cause: Cause = "out_of_memory" if short_of_memory(error) else "lost"
+    losses.update((index, cause) for index in bundle)
+    times = max(losses[index, cause] for index in bundle)
+    names = [units[index].name for index in bundle]
+    retried = times <= pool.executor.budget(cause)
+    said = in_short(error)
+    heed(Lost(names, cause, times, retried, said))
+    if not retried:
+        why = "ran out of memory" if cause == "out_of_memory" else "lost its worker"
+        spent = InfrastructureError(f"{' with '.join(names)} {why} {times} times: {said}")
+        spent.__dict__["unit"] = names[0]
+        raise spent from error
+    return cause, times
 
 
 def _next_ended(

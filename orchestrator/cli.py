@@ -87,14 +87,34 @@ def validate(
 
 
 @app.command()
-def status(run_dir: RunDir) -> None:
+def status(
+    run_dir: RunDir,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
     """Show how far a run is; also while it runs, and from another node."""
-    from orchestrator.status import of, table, warnings
+    from orchestrator.commands.status import status_command
 
-    console, folder = _wide_console(), of(run_dir)
-    console.print(table(folder))
-    for message in warnings(folder):
-        console.print(f"warning: {message}", highlight=False, markup=False, soft_wrap=True)
+    status_command(run_dir, _wide_console(), json_form=as_json)
+
+
+@app.command()
+def logs(
+    run_dir: RunDir,
+    unit: Annotated[
+        str | None, typer.Argument(metavar="[UNIT]", help="Such as calibrate/shard-00003.")
+    ] = None,
+    failed: Annotated[
+        bool, typer.Option("--failed", help="Units that failed, or lost their worker.")
+    ] = False,
+    stage: Annotated[str | None, typer.Option("--stage", help="Units of this stage.")] = None,
+    tail: Annotated[
+        int | None, typer.Option("--tail", min=1, help="The last lines of each file.")
+    ] = None,
+) -> None:
+    """Print what units said: one log file each, all attempts in it."""
+    from orchestrator.commands.logs import logs_command
+
+    logs_command(run_dir, unit, stage=stage, failed=failed, tail=tail)
 
 
 @app.command()
@@ -178,7 +198,7 @@ def main() -> None:
         with stopping_at_once():
             app(standalone_mode=True)
     except (UserError, InfrastructureError) as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo("\n  ".join([f"error: {error}", *getattr(error, "__notes__", ())]), err=True)
         sys.exit(exit_code(error))
     except Interrupted as stop:
         again = shlex.join(["coalesce", *sys.argv[1:]])

@@ -33,6 +33,15 @@ class ModelConfig(Settings):
     verify: Literal["full", "headers"] = "full"
 
 
+class RetryConfig(Settings):
+    """How often one unit is run again, by cause. An error of the unit itself is not retried."""
+
+    # The process was killed, its node was lost, or it lost the peers of its replica.
+    lost: int = Field(default=3, ge=0)
+    # The memory monitor of the node ended it.
+    out_of_memory: int = Field(default=3, ge=0)
+
+
 class ExecutorConfig(Settings):
     """Where units run. Results do not depend on it."""
 
@@ -41,6 +50,7 @@ class ExecutorConfig(Settings):
     address: str = "local"
     # Processes at the same time; None: one per CPU.
     workers: int | None = Field(default=None, gt=0)
+    max_retries: RetryConfig = RetryConfig()
     # GPUs of one process that runs the model.
     gpus_per_worker: int = Field(default=0, ge=0)
     # Part of the arithmetic: sums depend on the number of threads in their last bits.

@@ -20,6 +20,10 @@ class EventLog:
         self._path = path
         self._listeners = list(listeners)
 
+    def listen(self, listener: Listener) -> None:
+        """Tells one more listener, of what comes from now on."""
+        self._listeners.append(listener)
+
     def emit(self, kind: str, **fields: Any) -> None:
         """Writes one line at once: a killed run loses none that it had reported."""
         event: Event = {"time": round(time.time(), 3), "event": kind, **fields}

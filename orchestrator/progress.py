@@ -77,7 +77,7 @@ class Bars:
             )
         elif kind == "unit_done" and self._task is not None:
             self._progress.update(self._task, advance=1, rate=throughput(event))
-        if kind in ("warning", "resuming", "engine"):
+        if kind in ("warning", "resuming", "engine", "unit_lost"):
             self._progress.console.print(describe(event), highlight=False, markup=False)
 
 
@@ -97,6 +97,9 @@ def describe(event: Event) -> str:
             return f"{stage}: done in {event['seconds']:.1f} s"
         case "engine":
             return f"{stage}: {event['engine']} engine: {event['why']}"
+        case "unit_lost":
+            then = "run again" if event["retried"] else "no retry is left"
+            return f"{stage}: {event['unit']}: {event['cause']}, {then}"
         case "warning":
             return f"warning: {event['message']}"
     return ""

@@ -112,7 +112,8 @@ def _started(
     events.emit("run_started", run=str(folder.root), resumes=prepared.resumes)
     with exclusive(folder), open_executor(config) as executor, heeding_signals() as stop:
         shared.check(prepared, executor)
-        yield events, Scheduler(executor, events, config.gpus_per_worker, stop)
+        events.listen(executor.heed)
+        yield events, Scheduler(executor, events, config.gpus_per_worker, stop, folder.logs)
         _sweep(folder)
 
 

@@ -89,6 +89,11 @@ class RunFolder:
         return self.evaluation / "tokens.arrow"
 
     @property
+    def logs(self) -> Path:
+        """One folder per stage, one file per unit."""
+        return self.root / "logs"
+
+    @property
     def slurm(self) -> Path:
         """Batch script, config and logs of the Slurm jobs that work on this run."""
         return self.root / "slurm"

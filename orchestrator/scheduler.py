@@ -6,12 +6,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
-from cluster.executor import Executor, Job, Replicas, Resources
+from cluster.executor import Executor, Job, Lost, Replicas, Resources
 from orchestrator.config import ExecutorConfig
 from orchestrator.events import EventLog
 from orchestrator.interrupt import Stop
+from orchestrator.unit_log import LogFolder, logged
 from stages.unit import Done, Unit, execute, peak_rss, read_marker, reset_peak_rss
 
 U = TypeVar("U", bound=Unit)
@@ -21,13 +23,20 @@ class Scheduler:
     """Feeds stages to an executor; keeps the outcome of every unit."""
 
     def __init__(
-        self, executor: Executor, events: EventLog, gpus_per_worker: int, stop: Stop | None = None
+        self,
+        executor: Executor,
+        events: EventLog,
+        gpus_per_worker: int,
+        stop: Stop | None = None,
+        logs: Path | None = None,
     ) -> None:
-        """`stop`: once it says so, no unit is started and `Interrupted` is raised."""
+        """`stop`: once it says so, no unit is started and `Interrupted` is raised. `logs`: the
+        folder of the units' log files."""
         self._executor = executor
         self._stop = stop or Stop()
         self._events = events
         self._gpus = gpus_per_worker
+        self._logs = logs
         self.done: dict[str, list[Done]] = {}
 
     def run(
@@ -83,9 +92,10 @@ class Scheduler:
             self._events.emit("resuming", stage=stage, done=finished, units=len(units))
         start, results = time.monotonic(), dict[int, Done]()
         turns = [units[index] for index in order]
-        for turn, done in self._executor.imap(job, turns, self._stop) if units else ():
+        progress = _Progress(self._events, stage, len(units))
+        for turn, done in self._outcomes(stage, job, turns):
             results[order[turn]] = done
-            self._report(stage, results, len(units), done, time.monotonic() - start)
+            progress.ended(done)
         if len(results) < len(units):
             self._stop.check()
         ordered = [results[index] for index in range(len(units))]
@@ -93,25 +103,84 @@ class Scheduler:
         self._events.emit("stage_done", stage=stage, seconds=round(time.monotonic() - start, 3))
         return ordered
 
-    def _report(
-        self, stage: str, results: dict[int, Done], units: int, done: Done, elapsed: float
-    ) -> None:
-        measure = "tokens" if stage in ("calibrate", "evaluate") else "bytes"
-        fresh = [each for each in results.values() if not each.resumed]
+    def _outcomes(
+        self, stage: str, job: Job[U, Done], units: Sequence[U]
+    ) -> Iterator[tuple[int, Done]]:
+        """What the executor yields; what goes wrong meanwhile becomes an event."""
+        if not units:
+            return
+        logs = LogFolder.of(self._logs, stage) if self._logs else None
+        heed = partial(self._lost, stage, logs)
+        try:
+            yield from self._executor.imap(
+                logged(job, logs) if logs else job, units, self._stop, heed
+            )
+        except Exception as error:
+            self._failed(stage, logs, error)
+            raise
+
+    def _lost(self, stage: str, logs: LogFolder | None, lost: Lost) -> None:
+        for name in lost.units:
+            self._events.emit(
+                "unit_lost",
+                stage=stage,
+                unit=name,
+                cause=lost.cause,
+                times=lost.times,
+                retried=lost.retried,
+                error=_first_line(lost.error),
+            )
+            if logs is not None:
+                logs.tell_lost(name, lost.error)
+
+    def _failed(self, stage: str, logs: LogFolder | None, error: Exception) -> None:
+        name = getattr(error, "unit", None)
+        if name is not None:
+            self._events.emit("unit_failed", stage=stage, unit=name, error=_first_line(str(error)))
+            if logs is not None and not getattr(error, "__notes__", None):
+                error.add_note(logs.note(name))
+
+
+class _Progress:
+    """Emits `unit_done` with what is left of a stage."""
+
+    def __init__(self, events: EventLog, stage: str, units: int) -> None:
+        self._events, self._stage, self._units = events, stage, units
+        self._measure = "tokens" if stage in ("calibrate", "evaluate") else "bytes"
+        self._done = self._fresh = self._amount = 0
+        # Units that are found done only have their digests checked: no measure of the speed.
+        self._begun = time.monotonic()
+
+    def ended(self, done: Done) -> None:
+        """One more unit."""
+        now = time.monotonic()
+        amount = 0 if done.resumed else int(done.result.get(self._measure, 0))
+        self._done += 1
+        self._amount += amount
+        if done.resumed and not self._fresh:
+            self._begun = now
+        self._fresh += not done.resumed
+        elapsed, left = now - self._begun, self._units - self._done
         self._events.emit(
             "unit_done",
-            stage=stage,
+            stage=self._stage,
             unit=done.name,
-            done=len(results),
-            units=units,
+            done=self._done,
+            units=self._units,
             seconds=done.seconds,
             peak_rss_bytes=done.peak_rss_bytes,
             resumed=done.resumed,
-            amount=sum(int(each.result.get(measure, 0)) for each in fresh),
-            of=measure,
+            amount=self._amount,
+            of=self._measure,
+            tokens=amount if self._measure == "tokens" else 0,
             elapsed_seconds=round(elapsed, 3),
-            eta_seconds=round(elapsed / len(results) * (units - len(results)), 1),
+            eta_seconds=round(elapsed / self._fresh * left, 1) if self._fresh else None,
+            per_second=round(self._fresh / elapsed, 4) if self._fresh and elapsed else None,
         )
+
+
+def _first_line(text: str) -> str:
+    return text.strip().splitlines()[0][:500] if text.strip() else ""
 
 
 def _stateless(run_one: Callable[[U], dict[str, Any]]) -> Callable[[U], Done]:
@@ -134,7 +203,11 @@ def open_executor(config: ExecutorConfig) -> Iterator[Executor]:
     from cluster.ray import RayExecutor
 
     executor = RayExecutor(
-        address=config.address, workers=config.workers, threads=config.threads_per_unit
+        address=config.address,
+        workers=config.workers,
+        threads=config.threads_per_unit,
+        max_retries=config.max_retries.lost,
+        memory_retries=config.max_retries.out_of_memory,
     )
     with executor as started:
         yield started

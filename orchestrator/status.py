@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,57 +12,133 @@ from rich.table import Table
 
 from orchestrator.errors import RunFolderError
 from orchestrator.estimate import human
-from orchestrator.events import read_events
+from orchestrator.events import Event, read_events
 from orchestrator.progress import STAGES
 from orchestrator.run_folder import RunFolder
 
+_SLOWEST = 3
+
 
 def stages(folder: RunFolder) -> dict[str, dict[str, Any]]:
-    """Stage -> units, done, seconds, peak memory, state, of the latest start of the run.
+    """Stage -> what the latest start of the run did in it.
+
+    Keys: `state`, `units`, `done`, `resumed`, `seconds` (elapsed), `per_second` (units), `eta`
+    (seconds, None where unknown), `peak` (bytes), `retries` (cause -> count), `failed` (unit ->
+    error), `slowest` ([unit, seconds], the slowest first).
 
     Raises:
         RunFolderError: there is no run in the folder.
     """
     if not folder.identity.exists():
         raise RunFolderError(f"no run in {folder.root}", "give the run_dir of a started run")
+    return _stages(read_events(folder.events), time.time())
+
+
+def _stages(events: Iterable[Event], now: float) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
-    for event in read_events(folder.events):
-        match event["event"]:
-            case "run_started":
-                found = {}
+    begun: dict[str, float] = {}
+    for event in events:
+        kind = event["event"]
+        if kind == "run_started":
+            found, begun = {}, {}
+        if kind in ("run_failed", "run_stopped"):
+            _end(found, begun, event)
+        if "stage" not in event:
+            continue
+        stage = event["stage"]
+        entry = found.setdefault(stage, _fresh())
+        match kind:
             case "stage_started":
-                entry = found.setdefault(event["stage"], _fresh())
                 entry["units"] += event["units"]
-                entry["state"] = "running"
-            case "unit_done":
-                _count(found.setdefault(event["stage"], _fresh()), event)
+                entry["state"], begun[stage] = "running", event["time"]
             case "stage_done":
-                entry = found.setdefault(event["stage"], _fresh())
-                entry["state"] = "done"
+                entry["state"], entry["eta"] = "done", 0.0
                 entry["seconds"] += event["seconds"]
-            case "run_failed" | "run_stopped":
-                state = event["event"].removeprefix("run_")
-                for entry in found.values():
-                    entry["state"] = state if entry["state"] == "running" else entry["state"]
+                begun.pop(stage, None)
+            case "unit_done":
+                _count(entry, event)
+            case "unit_lost" if event["retried"]:
+                entry["retries"][event["cause"]] += 1
+            case "unit_failed":
+                entry["failed"][event["unit"]] = event["error"]
+    for stage, start in begun.items():
+        entry = found[stage]
+        entry["seconds"] = round(entry["seconds"] + max(now - start, 0), 3)
+        if entry["eta"] is not None:
+            entry["eta"] = round(max(entry["eta"] - (now - entry["told"]), 0), 1)
+    for entry in found.values():
+        del entry["told"]
     return found
+
+
+def _fresh() -> dict[str, Any]:
+    return {
+        "state": "running", "units": 0, "done": 0, "resumed": 0, "seconds": 0.0,
+        "per_second": None, "eta": None, "peak": 0, "retries": Counter(), "failed": {},
+        "slowest": [], "told": 0.0,
+    }  # fmt: skip
+
+
+def _count(entry: dict[str, Any], event: Event) -> None:
+    entry["done"] += 1
+    entry["resumed"] += bool(event.get("resumed"))
+    entry["eta"], entry["told"] = event.get("eta_seconds"), event["time"]
+    entry["per_second"] = event.get("per_second")
+    entry["peak"] = max(entry["peak"], event.get("peak_rss_bytes", 0))
+    if "seconds" in event and not event.get("resumed"):
+        timed = [*entry["slowest"], (event["unit"], event["seconds"])]
+        entry["slowest"] = sorted(timed, key=lambda pair: -pair[1])[:_SLOWEST]
+
+
+def _end(found: dict[str, dict[str, Any]], begun: dict[str, float], event: Event) -> None:
+    """A failed or stopped run has nothing under way any more."""
+    for stage, start in begun.items():
+        entry = found[stage]
+        entry["state"], entry["eta"] = event["event"].removeprefix("run_"), None
+        entry["seconds"] = round(entry["seconds"] + event["time"] - start, 3)
+    begun.clear()
 
 
 def table(folder: RunFolder) -> Table:
     """One row per stage for a terminal."""
     shown = Table(title=f"{folder.root}: {headline(folder)}")
-    for name in ("stage", "state", "units", "seconds", "ETA", "peak memory"):
+    for name in ("stage", "state", "units", "rate", "seconds", "ETA", "retries", "peak memory"):
         shown.add_column(name, justify="left" if name in ("stage", "state") else "right")
     found = stages(folder)
     for stage in STAGES:
         entry = found.get(stage)
         if entry is None:
-            shown.add_row(stage, "waiting", "", "", "", "")
+            shown.add_row(stage, "waiting")
             continue
-        units = f"{entry['done']}/{entry['units']}"
-        eta = "" if entry["state"] == "done" else f"{entry['eta']:.0f} s"
-        seconds = f"{entry['seconds']:.1f}"
-        shown.add_row(stage, entry["state"], units, seconds, eta, human(entry["peak"]))
+        running = entry["state"] == "running"
+        eta = f"{entry['eta']:.0f} s" if running and entry["eta"] is not None else ""
+        rate = f"{entry['per_second']:.3g}/s" if entry["per_second"] else ""
+        retries = ", ".join(f"{count} {cause}" for cause, count in entry["retries"].items())
+        units, seconds = f"{entry['done']}/{entry['units']}", f"{entry['seconds']:.1f}"
+        peak = human(entry["peak"])
+        shown.add_row(stage, entry["state"], units, rate, seconds, eta, retries, peak)
     return shown
+
+
+def details(folder: RunFolder) -> list[str]:
+    """Lines under the table: failed units, and the slowest ones of stages of several units."""
+    lines = []
+    for stage, entry in stages(folder).items():
+        lines += [f"failed: {unit}: {error}" for unit, error in entry["failed"].items()]
+        if len(entry["slowest"]) > 1:
+            named = ", ".join(f"{unit} {seconds:.1f} s" for unit, seconds in entry["slowest"])
+            lines.append(f"slowest of {stage}: {named}")
+    return lines
+
+
+def as_json(folder: RunFolder) -> dict[str, Any]:
+    """Everything that `status` shows, for programs."""
+    return {
+        "run": str(folder.root),
+        "headline": headline(folder),
+        "stages": stages(folder),
+        "warnings": warnings(folder),
+    }
 
 
 def headline(folder: RunFolder) -> str:
@@ -95,13 +173,3 @@ def warnings(folder: RunFolder) -> list[str]:
 def of(path: Path) -> RunFolder:
     """The run folder at a path."""
     return RunFolder(path.absolute())
-
-
-def _fresh() -> dict[str, Any]:
-    return {"units": 0, "done": 0, "seconds": 0.0, "eta": 0.0, "peak": 0, "state": "running"}
-
-
-def _count(entry: dict[str, Any], event: dict[str, Any]) -> None:
-    entry["done"] += 1
-    entry["eta"] = event.get("eta_seconds", 0.0)
-    entry["peak"] = max(entry["peak"], event.get("peak_rss_bytes", 0))
