@@ -74,7 +74,7 @@ def executor() -> Iterator[RayExecutor]:
 
 
 def exported(wanted: dict[str, float]) -> dict[str, float]:
-    """Ray's own metrics endpoint, asked until it shows what is wanted (agents export every 10 s)."""
+    """Ray's own metrics endpoint, asked until it shows what is wanted; it is some 10 s late."""
     import ray
 
     (node,) = ray.nodes()
