@@ -29,7 +29,7 @@ from stages.evaluate import stage as evaluate
 from stages.evaluate.stage import ORIGINAL, EvaluateUnit
 from stages.export.config import ExportConfig
 from stages.export.formats import FORMATS
-from stages.export.layout import file_layouts, router_groups, sizes
+from stages.export.layout import file_layouts, placeholder, router_groups, sizes
 from stages.export.stage import assemble
 from stages.group import stage as group
 from stages.group.decision import LayerDecision
@@ -80,7 +80,9 @@ def observe_seed(setup: Setup, seed: int, folder: Path) -> Observed:
     run = replace(run, config=run.config.model_copy(update={"calibrate": reuse}))
     cached = folder / "original.json"
     if not cached.exists():
-        write_json(cached, _measure(run, setup, ORIGINAL, run.moe.checkpoint.folder, False))
+        found = _measure(run, setup, ORIGINAL, run.moe.checkpoint.folder, False)
+        whole = placeholder(run.moe, dict.fromkeys(run.moe.layers, run.moe.num_experts))
+        write_json(cached, found | _sizes(run, whole, ExportConfig()))
     return Observed(setup, seed, run, json.loads(cached.read_text()))
 
 
@@ -101,7 +103,9 @@ def measure_cell(observed: Observed, cell: Cell) -> dict[str, Any]:
         del numbers["continuations"]
         shutil.rmtree(folder)
         shutil.rmtree(observed.run.folder.evaluation / cell.slug, ignore_errors=True)
-        write_json(cached, asdict(cell) | {"seed": observed.seed, "seconds": built} | facts | numbers)
+        write_json(
+            cached, asdict(cell) | {"seed": observed.seed, "seconds": built} | facts | numbers
+        )
     found: dict[str, Any] = json.loads(cached.read_text())
     return found
 
@@ -135,7 +139,8 @@ def _config(setup: Setup, seed: int, folder: Path) -> dict[str, Any]:
 
 
 def _build(observed: Observed, cell: Cell, folder: Path) -> dict[str, Any]:
-    """Decides, transforms every layer and assembles `folder/output`."""
+    """Decides, transforms every layer and assembles `folder/output`; without the reload gate, since
+    the folder is opened here anyway."""
     recipe, base = METHODS[cell.method], observed.run
     update = {
         "group": cell.group(observed.seed),
@@ -148,19 +153,17 @@ def _build(observed: Observed, cell: Cell, folder: Path) -> dict[str, Any]:
     decisions = _decide(run, variant)
     layouts = file_layouts(run.moe, decisions, variant.export)
     units = pipeline.transform_units(run, variant, decisions, layouts)
+    refitted = 0
     for unit in units:
         if recipe.control and unit.decision is not None:
-            execute(unit, lambda each: write_random_layer(each, observed.seed))
+            done = execute(unit, lambda each: write_random_layer(each, observed.seed))
         else:
-            execute(unit, transform.run_one)
+            done = execute(unit, transform.run_one)
+        refitted += done.result.get("strength") is not None
     (folder / "output").mkdir()
     assemble(pipeline.export_unit(run, variant, decisions, layouts, units), folder / "output")
-    return {
-        "format": recipe.format,
-        "expert_bytes": _expert_bytes(run, decisions),
-        "bytes": sum(layout.file_bytes for layout in layouts),
-        "flops_per_token": flops_per_token(run, decisions, recipe.format),
-    }
+    facts = {"format": recipe.format, "refitted_layers": refitted}
+    return facts | _sizes(run, decisions, variant.export)
 
 
 def _decide(run: Prepared, variant: Variant) -> list[LayerDecision]:
@@ -171,6 +174,17 @@ def _decide(run: Prepared, variant: Variant) -> list[LayerDecision]:
     decisions = group.decide(variant.method, statistics, sizes(run.moe, variant.export), groups)
     FORMATS[variant.export.format].check(run.moe, decisions)
     return decisions
+
+
+def _sizes(
+    run: Prepared, decisions: Sequence[LayerDecision], export: ExportConfig
+) -> dict[str, int]:
+    layouts = file_layouts(run.moe, decisions, export)
+    return {
+        "expert_bytes": _expert_bytes(run, decisions),
+        "bytes": sum(layout.file_bytes for layout in layouts),
+        "flops_per_token": flops_per_token(run, decisions, export.format),
+    }
 
 
 def _expert_bytes(run: Prepared, decisions: Sequence[LayerDecision]) -> int:
@@ -219,7 +233,9 @@ def _measure(
         )
         results[domain] = measurer.run_one(unit)
     opened = load_model(model, "float32", trust_remote_code=needs_code)
-    made = [_continued(opened, _prompts(corpus, domain, setup.prompts), setup) for domain in domains]
+    made = [
+        _continued(opened, _prompts(corpus, domain, setup.prompts), setup) for domain in domains
+    ]
     return evaluate.reduce(results) | {"continuations": torch.cat(made).tolist()}
 
 
