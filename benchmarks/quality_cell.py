@@ -17,6 +17,7 @@ from torch import Tensor
 from benchmarks.quality_control import write_random_layer
 from benchmarks.quality_methods import METHODS, Cell
 from models.atomic import write_json
+from models.moe import MoeCheckpoint
 from orchestrator import pipeline
 from orchestrator.load import validate
 from orchestrator.needs import attached
@@ -51,7 +52,8 @@ class Setup:
     reported: Path
     tokens: int = 81_920  # observed
     sample: int = 4096  # of them, inputs that are kept: the default of calibrate.sample.tokens
-    evaluated: int = 20_480
+    statistics: bool = True  # whether all experts run on the sample
+    evaluated: int = 10_240
     positions: int = 512  # per domain, at which KL is measured
     prompts: int = 4  # per domain
     continued: int = 16  # tokens
@@ -99,7 +101,7 @@ def measure_cell(observed: Observed, cell: Cell) -> dict[str, Any]:
         recipe = METHODS[cell.method]
         code = FORMATS[recipe.format].needs_code
         numbers = _measure(observed.run, observed.setup, cell.slug, folder / "output", code)
-        numbers["agreement"] = _agreement(observed.original, numbers)
+        numbers["agreement"] = agreement(observed.original, numbers)
         del numbers["continuations"]
         shutil.rmtree(folder)
         shutil.rmtree(observed.run.folder.evaluation / cell.slug, ignore_errors=True)
@@ -125,7 +127,11 @@ def _config(setup: Setup, seed: int, folder: Path) -> dict[str, Any]:
             "shards": 1,
             "batch_size": 16,
             "dtype": "float32",
-            "sample": {"tokens": setup.sample, "seed": seed},
+            "sample": {
+                "tokens": setup.sample,
+                "seed": seed,
+                "statistics": setup.statistics,
+            },
         },
         "evaluate": {
             "data": data(setup.reported, setup.evaluated, 0),
@@ -183,7 +189,7 @@ def _sizes(
     return {
         "expert_bytes": _expert_bytes(run, decisions),
         "bytes": sum(layout.file_bytes for layout in layouts),
-        "flops_per_token": flops_per_token(run, decisions, export.format),
+        "flops_per_token": flops_per_token(run.moe, decisions, export.format),
     }
 
 
@@ -197,13 +203,12 @@ def _expert_bytes(run: Prepared, decisions: Sequence[LayerDecision]) -> int:
     return total
 
 
-def flops_per_token(run: Prepared, decisions: Sequence[LayerDecision], form: str) -> int:
+def flops_per_token(moe: MoeCheckpoint, decisions: Sequence[LayerDecision], form: str) -> int:
     """Two per weight that a token meets; attention scores, norms and the softmax are not counted.
 
     A token meets top-k experts, even where two of its ids lead to the same one.
     """
-    moe, config = run.moe, run.moe.checkpoint.config
-    infos = moe.checkpoint.tensors
+    infos, config = moe.checkpoint.tensors, moe.checkpoint.config
     names = [name for layer in (None, *moe.layers) for name in moe.dense_names(layer)]
     tied = bool(config.get("tie_word_embeddings", True))
     weights = 0
@@ -258,7 +263,7 @@ def _continued(model: Any, prompts: Tensor, setup: Setup) -> Tensor:
     return made[:, PROMPT:]
 
 
-def _agreement(original: dict[str, Any], other: dict[str, Any]) -> float:
+def agreement(original: dict[str, Any], other: dict[str, Any]) -> float:
     """Share of the continued tokens before the first that differs."""
     first, second = (torch.tensor(each["continuations"]) for each in (original, other))
     return float((first == second).long().cumprod(dim=1).double().mean())
