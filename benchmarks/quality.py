@@ -22,7 +22,7 @@ from benchmarks.output import show
 from benchmarks.quality_cell import Setup, measure_cell, observe_seed
 from benchmarks.quality_methods import METHODS, QUICK, Cell, cells
 from benchmarks.quality_summary import DEFAULT, best_other, default_over_best_other, fewer, summary
-from benchmarks.quality_table import tables
+from benchmarks.quality_table import page_with, tables
 from models.atomic import write_json
 from orchestrator.errors import ConfigError
 from orchestrator.run_folder import versions
@@ -194,14 +194,22 @@ def options_of(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=2, help="one thread each")
     parser.add_argument("--out", help="where results are kept and quality.json is written")
     parser.add_argument("--table", type=Path, help="print the tables of such a file, run nothing")
+    parser.add_argument("--page", type=Path, help="with --table: write them between a page's marks")
     return parser.parse_args(words)
 
 
+def _show_tables(found: dict[str, Any], page: Path | None) -> None:
+    if page is None:
+        print(tables(found), end="")
+    else:
+        page.write_text(page_with(page.read_text(), found))
+
+
 def main() -> None:
-    """Prints all rows; the last line is JSON. With --table: Markdown from a file."""
+    """Prints all rows; the last line is JSON. With --table: Markdown from a file, nothing is run."""
     options = options_of()
     if options.table:
-        print(tables(json.loads(options.table.read_text())), end="")
+        _show_tables(json.loads(options.table.read_text()), options.page)
         return
     setup = setup_of(options)
     with tempfile.TemporaryDirectory() as scratch:

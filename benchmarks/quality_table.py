@@ -8,6 +8,23 @@ from typing import Any
 from benchmarks.quality_summary import DEFAULT, Row, best_other, fewer
 
 
+# What stands between these lines of a page comes from the file.
+BEGIN, END = "<!-- quality: begin -->\n", "<!-- quality: end -->\n"
+
+
+def page_with(page: str, found: Mapping[str, Any]) -> str:
+    """The page with the tables between its two marks replaced.
+
+    Raises:
+        ValueError: it has no such marks.
+    """
+    before, _, rest = page.partition(BEGIN)
+    _, mark, after = rest.partition(END)
+    if not mark:
+        raise ValueError(f"the page has no lines {BEGIN!r} and {END!r}")
+    return f"{before}{BEGIN}\n{tables(found)}\n{END}{after}"
+
+
 def tables(found: Mapping[str, Any]) -> str:
     """All tables in Markdown, separated by blank lines."""
     rows = found["rows"]
