@@ -63,6 +63,13 @@ def all_work(tasks: Sequence[Task], processes: int) -> list[dict[str, Any]]:
         return list(pool.map(work, tasks))
 
 
+def held(task: Task) -> dict[str, Any]:
+    """What the folder of a task holds so far; a cell that was not measured is left out."""
+    names = [task.folder / "cells" / f"{cell.slug}.json" for cell in task.cells]
+    found = [json.loads(path.read_text()) for path in names if path.exists()]
+    return {"original": json.loads((task.folder / "original.json").read_text()), "cells": found}
+
+
 def setup_of(options: argparse.Namespace) -> Setup:
     """Which model and text; a folder of text has calibration and test files, or folders."""
     model = Path(options.model) if options.model else BUNDLED / "model"
@@ -109,7 +116,7 @@ def plan(setup: Setup, options: argparse.Namespace, out: Path) -> dict[str, list
     seeds = range(1 if options.quick else options.seeds)
     found = tuple(cells(chosen, ratios))
     tasks = {"main": [Task(setup, seed, out / f"seed-{seed}", found) for seed in seeds]}
-    if options.quick:
+    if options.quick or options.only_comparison:
         return tasks
     for tokens in TOKENS:
         few = replace(setup, tokens=tokens, sample=tokens, statistics=False)
@@ -190,6 +197,10 @@ def options_of(words: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--domain", default="code_python", help="for calibration on one domain")
     parser.add_argument("--sample", type=int, default=4096, help="calibrate.sample.tokens")
+    parser.add_argument(
+        "--only-comparison", action="store_true", help="no tokens, no calibration on one domain"
+    )
+    parser.add_argument("--held", action="store_true", help="report what --out holds, run nothing")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--processes", type=int, default=2, help="one thread each")
     parser.add_argument("--out", help="where results are kept and quality.json is written")
@@ -206,7 +217,7 @@ def _show_tables(found: dict[str, Any], page: Path | None) -> None:
 
 
 def main() -> None:
-    """Prints all rows; the last line is JSON. With --table: Markdown from a file, nothing is run."""
+    """Prints all rows; the last line is JSON. With --table: tables of a file, nothing is run."""
     options = options_of()
     if options.table:
         _show_tables(json.loads(options.table.read_text()), options.page)
@@ -216,7 +227,10 @@ def main() -> None:
         out = Path(options.out or scratch).absolute()
         claim(out, setup)
         plans = plan(setup, options, out)
-        flat = all_work([task for tasks in plans.values() for task in tasks], options.processes)
+        every = [task for tasks in plans.values() for task in tasks]
+        flat = (
+            [held(task) for task in every] if options.held else all_work(every, options.processes)
+        )
         left = iter(flat)
         results = {name: [next(left) for _ in tasks] for name, tasks in plans.items()}
         found = collect(plans, results, options.domain)

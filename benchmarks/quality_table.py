@@ -7,7 +7,6 @@ from typing import Any
 
 from benchmarks.quality_summary import DEFAULT, Row, best_other, fewer
 
-
 # What stands between these lines of a page comes from the file.
 BEGIN, END = "<!-- quality: begin -->\n", "<!-- quality: end -->\n"
 
