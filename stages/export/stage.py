@@ -94,7 +94,7 @@ def run_one(unit: ExportUnit) -> dict[str, Any]:
         shutil.rmtree(stale)
     staging.mkdir(parents=True)
     try:
-        _assemble(unit, staging)
+        assemble(unit, staging)
         result = _gate(unit, staging)
         if unit.output.exists():  # left by an attempt that was killed before its marker
             shutil.rmtree(unit.output)
@@ -104,7 +104,8 @@ def run_one(unit: ExportUnit) -> dict[str, Any]:
     return result
 
 
-def _assemble(unit: ExportUnit, folder: Path) -> None:
+def assemble(unit: ExportUnit, folder: Path) -> None:
+    """Writes weights, index, config and companions into an existing folder; no gate."""
     weight_map: dict[str, str] = {}
     for index, source in enumerate(unit.files):
         name = target_name(index, len(unit.files))

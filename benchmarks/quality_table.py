@@ -1,0 +1,139 @@
+"""The tables of docs/methods.md, from the file that the benchmark wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from benchmarks.quality_summary import DEFAULT, Row, best_other, fewer
+
+# What stands between these lines of a page comes from the file.
+BEGIN, END = "<!-- quality: begin -->\n", "<!-- quality: end -->\n"
+
+
+def page_with(page: str, found: Mapping[str, Any]) -> str:
+    """The page with the tables between its two marks replaced.
+
+    Raises:
+        ValueError: it has no such marks.
+    """
+    before, _, rest = page.partition(BEGIN)
+    _, mark, after = rest.partition(END)
+    if not mark:
+        raise ValueError(f"the page has no lines {BEGIN!r} and {END!r}")
+    return f"{before}{BEGIN}\n{tables(found)}\n{END}{after}"
+
+
+def tables(found: Mapping[str, Any]) -> str:
+    """All tables in Markdown, separated by blank lines."""
+    rows = found["rows"]
+    parts = [_against_best(rows), _rises(rows), _details(found, 0.5)]
+    parts += [_tokens(found["calibration_tokens"])] if found.get("calibration_tokens") else []
+    parts += [_one_domain(found)] if found.get("one_domain") else []
+    return "\n\n".join(parts) + "\n"
+
+
+def _against_best(rows: Sequence[Row]) -> str:
+    """The default beside the best published method without our refit."""
+    lines = []
+    for row in rows:
+        other = best_other(rows, row["keep"])
+        if row["method"] == DEFAULT and row["refit"] and other is not None:
+            ratio = row["rise"] / other["rise"]
+            names = [f"`{other['method']}`", _plus_minus(other), f"{ratio:.3f}"]
+            lines.append([fewer(row["keep"]), _plus_minus(row), *names])
+    head = ["fewer expert bytes", f"`{DEFAULT}`", "best published, no refit", "its rise", "ratio"]
+    return _markdown(head, lines, left=(0, 2))
+
+
+def _rises(rows: Sequence[Row]) -> str:
+    """Rise of the log-perplexity, every method with and without refit."""
+    ratios = list(dict.fromkeys(row["keep"] for row in rows))
+    cells = {(row["method"], row["keep"], row["refit"]): row for row in rows}
+    head = ["method", "format"]
+    for keep in ratios:
+        head += [f"{fewer(keep)} fewer", "with refit"]
+    lines = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        form = next(row["format"] for row in rows if row["method"] == method)
+        line = [_name(method), form]
+        for keep in ratios:
+            for refit in (False, True):
+                row = cells.get((method, keep, refit))
+                best = row is not None and row == best_other(rows, keep)
+                text = "" if row is None else _plus_minus(row)
+                line.append(f"**{text}**" if best else text)
+        lines.append(line)
+    return _markdown(head, lines, left=(0, 1))
+
+
+def _details(found: Mapping[str, Any], keep: float) -> str:
+    """Everything else that was measured, at one ratio."""
+    rows = [row for row in found["rows"] if row["keep"] == keep]
+    domains = list(found["original"]["perplexity"]["domains"])
+    head = [f"{fewer(keep)} fewer", "perplexity", "se domains", "KL", "agreement"]
+    head += ["MFLOPs", "bytes, M", *domains]
+    original = found["original"]
+    per_domain = [f"({original['perplexity']['domains'][d]:.1f})" for d in domains]
+    lines = [
+        [
+            *("original", f"{original['perplexity']['overall']:.1f}", "", "", ""),
+            *(_millions(original[each]) for each in ("flops_per_token", "bytes")),
+            *per_domain,
+        ]
+    ]
+    for row in rows:
+        name = _name(row["method"]) + (" + refit" if row["refit"] and not row["control"] else "")
+        numbers = [f"{row['perplexity']:.1f}", _error(row["se_domains"]), f"{row['kl']:.3f}"]
+        numbers += [f"{100 * row['agreement']:.0f} %", _millions(row["flops_per_token"])]
+        numbers += [_millions(row["bytes"]), *(f"{row['domains'][d]:.3f}" for d in domains)]
+        lines.append([name, *numbers])
+    return _markdown(head, lines, left=(0,))
+
+
+def _tokens(groups: Sequence[Mapping[str, Any]]) -> str:
+    """Rise against the number of calibration tokens."""
+    names = [_refitted(row) for row in groups[0]["rows"]]
+    lines = [[f"{g['tokens']:,}", *(_plus_minus(row) for row in g["rows"])] for g in groups]
+    return _markdown(["calibration tokens", *names], lines, left=())
+
+
+def _one_domain(found: Mapping[str, Any]) -> str:
+    """Per-domain rise when the calibration text is of one domain, beside that of all domains."""
+    only, rows = found["one_domain"]["domain"], found["one_domain"]["rows"]
+    mixed = {(row["method"], row["refit"], row["keep"]): row for row in found["rows"]}
+    domains, lines = list(rows[0]["domains"]), []
+    for row in rows:
+        beside = mixed[row["method"], row["refit"], row["keep"]]
+        for text, each in (("all", beside), (f"`{only}`", row)):
+            values = [f"{each['domains'][d]:.3f}" for d in domains]
+            lines.append([_refitted(row), text, f"{each['rise']:.3f}", *values])
+    return _markdown(
+        [fewer(rows[0]["keep"]) + " fewer", "calibrated on", "mean", *domains], lines, left=(0, 1)
+    )
+
+
+def _markdown(head: Sequence[str], lines: Iterable[Sequence[str]], left: Sequence[int]) -> str:
+    marks = ["---" if i in left else "---:" for i in range(len(head))]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, marks, *lines))
+
+
+def _name(method: str) -> str:
+    return method if ":" in method else f"`{method}`"
+
+
+def _refitted(row: Row) -> str:
+    return _name(row["method"]) + (" + refit" if row["refit"] else "")
+
+
+def _plus_minus(row: Row) -> str:
+    error = _error(row["se_seeds"])
+    return f"{row['rise']:.3f}" + (f" ± {error}" if error else "")
+
+
+def _error(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _millions(value: float) -> str:
+    return f"{value / 1e6:.2f}"
