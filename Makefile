@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PACKAGES := orchestrator stages cluster models
 CODE := $(PACKAGES) tests benchmarks examples
 
-.PHONY: setup demo test test-cluster check lint format types clean
+.PHONY: setup demo test test-faults test-cluster check lint format types clean
 
 setup: $(VENV)/.ready
 
@@ -19,9 +19,13 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/coalesce run quickstart
 
-# Everything on this machine; `.ci/run` calls it and `test-cluster`.
+# All but what `test-faults` and `test-cluster` do; `.ci/run` calls it and `test-cluster`.
 test: setup lint types
-	$(BIN)/python -m pytest -m "not slurm"
+	$(BIN)/python -m pytest -m "not slurm and not fault"
+
+# Workers, nodes, networks and memory broken for real, for about a quarter of an hour. Root sees more.
+test-faults: setup
+	$(BIN)/python -m pytest -m fault
 
 # A real Slurm of two nodes on this machine, from Debian's packages. Needs root; installs them.
 # LAB=optional skips the tests, and says why, where no Slurm can be set up.

@@ -16,6 +16,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
+@pytest.mark.fault
 @pytest.mark.timeout(900)
 def test_a_short_soak_ends_with_identical_bytes() -> None:
     words = ["--faults", "4", "--seed", "7", "--quick"]
