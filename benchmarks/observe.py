@@ -15,11 +15,12 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.observe_replicas import replicas
+from benchmarks.observe_subsample import subsample_seconds
 from benchmarks.output import show, wants_quick
 
 BUNDLED = Path(__file__).resolve().parents[1] / "examples" / "bundled" / "model"
@@ -219,6 +220,11 @@ def main() -> None:
         deep = save_random(folder / "deep", 384, 768, depth)
         case = Case(f"random, {depth} layers", deep, "float32", 2 * BATCH, 1)
         peaks = {way: apart(peak, case, way) for way in WAYS}
+        deeper = save_random(folder / "deeper", 384, 768, 2 * depth)
+        peaks["streaming, twice the layers"] = apart(peak, replace(case, model=deeper), "streaming")
+        sampled = 80 * LENGTH
+        seconds = apart(subsample_seconds, BUNDLED, folder, sampled)
+        once = statistics.median(processor for _, processor in times["observed"])
         shared = replicas(BUNDLED, folder, rounds=1 if quick else 5)
     show(
         "observe",
@@ -228,6 +234,8 @@ def main() -> None:
         streaming_over_resident=ratio(times["observed"], times["streaming"]),
         expert_parallel_counts_equal=shared.counts_equal,
         replicas_2_over_1=shared.two_over_one,
+        # Processor time of all experts on some tokens, over that of observing the same tokens.
+        subsample_over_observed=seconds / once,
         peak_rss_bytes=peaks | shared.peaks,
     )
 
