@@ -196,7 +196,7 @@ def options_of(words: Sequence[str] | None = None) -> argparse.Namespace:
         "--split", default="test", help="what is reported on: a file or folder name"
     )
     parser.add_argument("--domain", default="code_python", help="for calibration on one domain")
-    parser.add_argument("--sample", type=int, default=4096, help="calibrate.sample.tokens")
+    parser.add_argument("--sample", type=int, default=32_768, help="calibrate.sample.tokens")
     parser.add_argument(
         "--only-comparison", action="store_true", help="no tokens, no calibration on one domain"
     )
