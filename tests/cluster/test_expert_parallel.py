@@ -34,6 +34,7 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return size, folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_shards_are_those_of_one_process_byte_for_byte(
     ranks: tuple[int, Path], family: str

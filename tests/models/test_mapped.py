@@ -197,6 +197,7 @@ def test_round_trip_keeps_every_bit_and_name(family: str, tmp_path: Path) -> Non
     assert (tmp_path / "twice" / "modeling_coalesce.py").is_file()
 
 
+@pytest.mark.slow
 def test_fresh_process_needs_the_folder_only(tmp_path: Path) -> None:
     checkpoints = tmp_path / "checkpoints"
     for family in FAMILIES:

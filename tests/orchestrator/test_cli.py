@@ -260,6 +260,7 @@ def test_a_quiet_run_that_is_finished_prints_the_result_only(
     assert outcome.err == ""
 
 
+@pytest.mark.slow
 def test_calibrate_observes_only_and_run_goes_on_from_there(
     coalesce: Command, inputs: Inputs
 ) -> None:

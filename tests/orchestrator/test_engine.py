@@ -172,6 +172,7 @@ def stopped(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> Iterator[Inputs]
     yield inputs
 
 
+@pytest.mark.slow
 def test_a_half_done_resident_run_is_finished_by_streaming_with_the_same_bytes(
     stopped: Inputs,
 ) -> None:
@@ -187,6 +188,7 @@ def test_a_half_done_resident_run_is_finished_by_streaming_with_the_same_bytes(
     assert engines == {"resident": 1, "streaming": 1}
 
 
+@pytest.mark.slow
 def test_a_run_says_which_engine_it_uses_and_why(inputs: Inputs) -> None:
     events: list[Event] = []
 

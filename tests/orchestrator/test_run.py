@@ -86,6 +86,7 @@ def test_mapped_output_equals_the_expanded_one(tmp_path: Path, family: str) -> N
     assert report_of(mapped)["gate"]["checks"]["expanded_max_difference"] < 1e-5
 
 
+@pytest.mark.slow
 def test_keeping_every_expert_gives_the_original_tensors_bit_for_bit(tmp_path: Path) -> None:
     job = prepared(tmp_path, "mixtral", group={"method": "mc_smoe", "budget": {"keep_ratio": 1.0}})
     run(job)

@@ -116,7 +116,8 @@ def test_values_that_are_not_finite_end_the_run_in_verify(
     outcome = coalesce("run", inputs.recipe(), "--quiet")
     assert_one_message(outcome, expert(1, 5), "3 values that are NaN or infinite, of 512")
     written = {path for path in snapshot(inputs.run_dir) if not path.startswith("verify")}
-    assert written == {"run.json", "config.yaml", "events.jsonl", "run.lock"}
+    logs = {"logs", "logs/verify", "logs/verify/model.safetensors.log"}
+    assert written == {"run.json", "config.yaml", "events.jsonl", "run.lock"} | logs
 
 
 def test_deep_validation_finds_values_that_are_not_finite_and_writes_nothing(
