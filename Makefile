@@ -19,7 +19,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/coalesce run quickstart
 
-# All but what `test-faults` and `test-cluster` do; `.ci/run` calls it and `test-cluster`.
+# All but what `test-faults` and `test-cluster` do; `.ci/run` calls it.
 test: setup lint types
 	$(BIN)/python -m pytest -m "not slurm and not fault"
 

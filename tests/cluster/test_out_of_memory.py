@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.fault]
 # In a process of its own: the threshold is read when Ray starts, and counts the whole machine.
 SCRIPT = """
 import json, os, time

@@ -20,7 +20,7 @@ import pytest
 from cluster.slurm.allocation import free_port
 from tests.orchestrator.tiny_run import Command, Inputs, snapshot, write_inputs
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.fault]
 REPOSITORY = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {
     **os.environ,
