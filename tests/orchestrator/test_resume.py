@@ -18,7 +18,6 @@ SMALL = [
     "calibrate.data.tokens=10240",
     "calibrate.batch_size=4",
     "calibrate.sample.tokens=512",
-    "calibrate.sample.statistics=true",
     "refit.polish.steps=5",
     "evaluate.data.tokens=5120",
     "evaluate.baselines=[reap]",
