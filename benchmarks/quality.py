@@ -174,7 +174,8 @@ def collect(
             {"tokens": tokens, "rows": rows(f"tokens-{tokens}")} for tokens in TOKENS
         ]
         found["one_domain"] = {"domain": domain, "rows": rows("domain")}
-    return _rounded(found)  # type: ignore[no-any-return]
+    rounded: dict[str, Any] = _rounded(found)
+    return rounded
 
 
 def _rounded(value: Any) -> Any:

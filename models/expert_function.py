@@ -117,11 +117,12 @@ def _single(moe: MoeCheckpoint, layer: int, expert: Expert) -> nn.Module:
             f"experts of {moe.family.model_type} cannot be called on their own",
             "set calibrate.sample.statistics=false",
         )
-    module = copy.deepcopy(find_blocks(_skeleton(moe.checkpoint.folder))[layer].experts)
+    module: Any = copy.deepcopy(find_blocks(_skeleton(moe.checkpoint.folder))[layer].experts)
     for name, tensor in storage.pack([expert]).items():
         setattr(module, name.rpartition(".")[2], nn.Parameter(tensor, requires_grad=False))
-    module.num_experts = 1  # type: ignore[assignment]
-    return module.eval()
+    module.num_experts = 1
+    single: nn.Module = module.eval()
+    return single
 
 
 @lru_cache(maxsize=1)

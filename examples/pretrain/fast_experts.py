@@ -93,6 +93,7 @@ def padded_bmm_forward(
     gate_up: Tensor = experts.gate_up_proj
     down: Tensor = experts.down_proj
     plan = plan_dispatch(top_k_index, gate_up.shape[0], hidden.dtype)
+    # torch does not type `Function.apply`, here and below.
     slots: Tensor = Scatter.apply(hidden, plan)  # type: ignore[no-untyped-call]
     slots = slots.view(gate_up.shape[0], plan.capacity, -1)  # [E, C, H]
     gate, up = torch.bmm(slots, gate_up.transpose(1, 2)).chunk(2, dim=-1)  # [E, C, F] each

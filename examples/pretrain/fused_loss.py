@@ -53,5 +53,6 @@ def chunk_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 def fused_cross_entropy(hidden: Tensor, table: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy over all positions."""
+    # torch does not type `Function.apply`.
     loss: Tensor = FusedCrossEntropy.apply(hidden, table, targets)  # type: ignore[no-untyped-call]
     return loss

@@ -92,7 +92,8 @@ def train_step(
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(recipe, step)
     losses = architecture.compute_losses(model, batch)
-    (losses.cross_entropy + recipe.balance * losses.balance).backward()  # type: ignore[no-untyped-call]
+    total = losses.cross_entropy + recipe.balance * losses.balance
+    total.backward()  # type: ignore[no-untyped-call]  # torch does not type it
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

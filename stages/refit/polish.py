@@ -56,7 +56,7 @@ def polish(
         made = layer_output(tuned, hidden[some], ids, gates, act)
         loss = (made - goal[some]).square().mean() / scale
         optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # torch does not type it
         optimiser.step()
         schedule.step()
     return [expert.map(lambda tensor: tensor.detach()) for expert in tuned]

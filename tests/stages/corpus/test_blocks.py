@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -44,12 +46,12 @@ def test_packing_works_without_a_separator() -> None:
 def test_packing_reads_no_more_documents_than_it_needs() -> None:
     read = []
 
-    def documents() -> object:
+    def documents() -> Iterator[list[int]]:
         for i in range(100):
             read.append(i)
             yield [i] * 4
 
-    list(packed("d", documents(), 4, 8, []))  # type: ignore[arg-type]
+    list(packed("d", documents(), 4, 8, []))
 
     assert len(read) == 2
 
