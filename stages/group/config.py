@@ -102,6 +102,8 @@ class Coalesce(_Method):
     def _all_layers(self) -> Coalesce:
         if self.skip_layers:
             raise ValueError("coalesce gives all layers one width: skip_layers must be empty")
+        if self.protect_super_experts:
+            raise ValueError("coalesce narrows every expert: protect_super_experts has no meaning")
         return self
 
     @property

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.disturb import command_of, descendants
 from orchestrator.events import read_events
 from tests.orchestrator.tiny_run import Inputs
 
@@ -139,23 +140,6 @@ def bytes_of(run_dir: Path) -> dict[str, str]:
 def events(run_dir: Path, kind: str) -> list[dict[str, Any]]:
     """Events of one kind, in their order."""
     return [event for event in read_events(run_dir / "events.jsonl") if event["event"] == kind]
-
-
-def command_of(process: int) -> str:
-    """What `ps` shows; Ray writes there what a worker does. Empty once it has ended."""
-    with suppress(OSError):
-        return Path(f"/proc/{process}/cmdline").read_text().replace("\0", " ").strip()
-    return ""
-
-
-def descendants(process: int) -> list[int]:
-    """Children, and theirs."""
-    found = []
-    with suppress(OSError):
-        for thread in Path(f"/proc/{process}/task").iterdir():
-            for child in map(int, (thread / "children").read_text().split()):
-                found += [child, *descendants(child)]
-    return found
 
 
 def kill(*processes: int) -> None:

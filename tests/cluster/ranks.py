@@ -109,30 +109,18 @@ def logits(folder: Path, group: Any) -> None:
         torch_save(found, folder / f"{model_folder.name}-logits-{group.rank}.pt")
 
 
-# Families that AutoEP has no preset for, described to it as its manual says.
-PATTERNS: dict[str, dict[str, Any]] = {
-    "GptOss": {
-        "moe_layer_pattern": r"model\.layers\.\d+\.mlp$",
-        "router_pattern": "router",
-        "expert_pattern": "experts",
-        "expert_w1": "gate_up_proj",
-        "expert_w2": "down_proj",
-        "expert_w3": None,
-        "num_experts_attr": "num_local_experts",
-        "top_k_attr": "num_experts_per_tok",
-        "expert_activation": "swiglu_oai",
-    },
-    "Phimoe": {
-        "moe_layer_pattern": r"model\.layers\.\d+\.mlp$",
-        "router_pattern": "router",
-        "expert_pattern": "experts",
-        "expert_w1": "gate_up_proj",
-        "expert_w2": "down_proj",
-        "expert_w3": None,
-        "num_experts_attr": "num_local_experts",
-        "top_k_attr": "num_experts_per_tok",
-    },
+_PATTERN: dict[str, Any] = {
+    "moe_layer_pattern": r"model\.layers\.\d+\.mlp$",
+    "router_pattern": "router",
+    "expert_pattern": "experts",
+    "expert_w1": "gate_up_proj",
+    "expert_w2": "down_proj",
+    "expert_w3": None,
+    "num_experts_attr": "num_local_experts",
+    "top_k_attr": "num_experts_per_tok",
 }
+# Families that AutoEP has no preset for, described to it as its manual says.
+PATTERNS = {"GptOss": _PATTERN | {"expert_activation": "swiglu_oai"}, "Phimoe": _PATTERN}
 
 
 def autoep(folder: Path, group: Any) -> None:

@@ -9,8 +9,8 @@ import pytest
 from models.checkpoint import Checkpoint
 from models.errors import CheckpointError, UnknownFamily
 from models.families import FAMILIES, REFUSED, find_family
-from tests.families_tiny import STEMS
-from tests.families_tiny import tiny_config as tiny_config_of
+from tests.planted_families import STEMS
+from tests.planted_families import tiny_config as tiny_config_of
 from tests.tiny import EXPERTS, MOE_LAYERS, TOP_K, save_tiny, tiny_config, tiny_model
 from tests.tiny import FAMILIES as TINY
 

@@ -21,7 +21,7 @@ from stages.export.config import ExportConfig
 from stages.group.decision import from_labels
 from stages.model import load_model
 from stages.verify.stage import plan, run_one
-from tests.families_tiny import EXPERTS, open_family, outputs, tiny_model
+from tests.planted_families import EXPERTS, open_family, outputs, tiny_model
 from tests.tiny import compress, same_bits
 
 BLOCK = 12  # divides neither 32 nor 16: the last blocks of rows and columns are narrower

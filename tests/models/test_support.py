@@ -29,7 +29,7 @@ from stages.export.layout import file_layouts
 from stages.group.decision import LayerDecision, from_labels
 from stages.merge.config import MergeConfig
 from stages.transform.stage import merge_groups
-from tests.families_tiny import (
+from tests.planted_families import (
     EXPERTS,
     KEPT,
     STEMS,

@@ -13,9 +13,9 @@ from models.moe import MoeCheckpoint
 from orchestrator.engine import choose
 from orchestrator.load import load
 from orchestrator.preflight import Prepared, expected_decisions, prepare
-from tests.families_tiny import EXPERTS, planted_model
 from tests.orchestrator.refusals import assert_refused
 from tests.orchestrator.tiny_run import Command, Inputs
+from tests.planted_families import EXPERTS, planted_model
 
 
 def with_family(inputs: Inputs, family: str, **overrides: object) -> Inputs:

@@ -17,7 +17,7 @@ from stages.export.layout import file_layouts
 from stages.export.stage import ExportUnit, run_one
 from stages.group.decision import from_labels
 from stages.transform.stage import run_one as transform
-from tests.families_tiny import EXPERTS, planted_model
+from tests.planted_families import EXPERTS, planted_model
 from tests.tiny import transform_units
 
 EXTRA = "model.layers.61."  # DeepSeek-V3's class ignores what lies there

@@ -20,7 +20,7 @@ from stages.group.decision import from_labels
 from stages.group.methods import DECIDE
 from stages.group.router_groups import join, split
 from stages.group.stage import decide
-from tests.families_tiny import tiny_model
+from tests.planted_families import tiny_model
 from tests.tiny import PROPERTY, statistics_of
 
 SIZES = Sizes(0, 1, 2)

@@ -80,6 +80,12 @@ def test_bytes_follow_from_the_width(family: str, multiple: int, tmp_path: Path)
     assert config_json[moe.family.intermediate_key] == width
 
 
+@pytest.mark.parametrize("field", [{"skip_layers": [0]}, {"protect_super_experts": True}], ids=str)
+def test_what_a_width_for_all_experts_contradicts_is_refused(field: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=next(iter(field))):
+        Coalesce.model_validate(field)
+
+
 def test_a_width_that_other_modules_share_is_refused(tmp_path: Path) -> None:
     """Shared experts of DeepSeek are as wide as a number of routed ones."""
     moe = MoeCheckpoint.open(save_family(tmp_path, "DeepseekV3"))
