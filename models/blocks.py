@@ -74,11 +74,12 @@ def encoder_depth(model: Any) -> int:
 
 
 def _as_block(module: nn.Module) -> MoeBlock | None:
+    experts = getattr(module, _EXPERTS, None)
+    if not isinstance(experts, nn.Module):
+        return None
     children = dict(module.named_children())
     routers = [children[name] for name in _ROUTERS if name in children]
-    if _EXPERTS not in children or len(routers) != 1:
-        return None
-    return MoeBlock(module, routers[0], children[_EXPERTS])
+    return MoeBlock(module, routers[0], experts) if len(routers) == 1 else None
 
 
 def _stack(base: nn.Module) -> nn.ModuleList:

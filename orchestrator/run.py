@@ -119,7 +119,8 @@ def _started(
 
 def _sweep(folder: RunFolder) -> None:
     """Removes what killed attempts left behind. Every unit is done, so nothing of it is live."""
-    for leftover in [*folder.root.rglob(".*.tmp")]:
+    # The second pattern: safetensors writes under a temporary name of its own.
+    for leftover in [*folder.root.rglob(".*.tmp"), *folder.root.rglob(".tmp*")]:
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
         else:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pyarrow as pa
 
 from stages.calibrate.finite import refuse_not_finite
-from stages.calibrate.observer import Routed, Sums, add, empty_sums
+from stages.calibrate.observer import Routed, Sums, add, empty_sums, layer_sums
 from stages.calibrate.sample import Sample
 from stages.calibrate.sampled import SampledInputs
-from stages.calibrate.statistics import Key, accumulate, to_table
+from stages.calibrate.statistics import Key, to_table
 from stages.corpus.blocks import Batch
+
+# Passes that wait to be added up one after the other: warm code and data take half the time.
+_TOGETHER = 8
 
 
 class Recorder:
@@ -19,7 +23,8 @@ class Recorder:
 
     def __init__(self, num_experts: int, sample: Sample | None = None) -> None:
         self._num_experts = num_experts
-        self.sums: dict[Key, Sums] = {}
+        self._sums: dict[Key, Sums] = {}
+        self._waiting: list[tuple[Batch, int, Routed]] = []
         # None: no inputs are kept.
         self.sampled = None if sample is None else SampledInputs(sample)
 
@@ -27,13 +32,25 @@ class Recorder:
         """What one batch did in the layers that were watched.
 
         Raises:
-            StatisticsError: a router's logits or an expert's outputs are not finite.
+            StatisticsError: a router's logits or an expert's outputs are not finite; of a layer
+                that was handed over now or shortly before.
         """
-        for layer, routed in seen.items():
-            refuse_not_finite(layer, routed, batch)
-        accumulate(self.sums, batch.domain, seen, self._num_experts)
         if self.sampled is not None:
             self.sampled.add(batch, seen)
+        # Without their inputs: a model that cannot have this memory again asks for new pages.
+        self._waiting += [(batch, n, replace(routed, hidden=None)) for n, routed in seen.items()]
+        if len(self._waiting) >= _TOGETHER:
+            self._add_up()
+
+    @property
+    def sums(self) -> dict[Key, Sums]:
+        """Everything that was handed over, by domain and layer.
+
+        Raises:
+            StatisticsError: as `add`.
+        """
+        self._add_up()
+        return self._sums
 
     def extend(self, other: Recorder) -> None:
         """Adds what another recorder took from other batches of the same shard."""
@@ -45,3 +62,11 @@ class Recorder:
     def table(self, metadata: Mapping[str, str]) -> pa.Table:
         """The shard's statistics."""
         return to_table(self.sums, self._num_experts, metadata)
+
+    def _add_up(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for batch, layer, routed in waiting:
+            sums = layer_sums(routed, self._num_experts)
+            refuse_not_finite(layer, routed, batch, sums)
+            key = batch.domain, layer
+            add(self._sums.setdefault(key, empty_sums(self._num_experts)), sums)

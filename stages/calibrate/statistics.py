@@ -19,11 +19,7 @@ from stages.calibrate.observer import (
     INTEGERS,
     SCALARS,
     VECTORS,
-    Routed,
     Sums,
-    add,
-    empty_sums,
-    layer_sums,
 )
 from stages.errors import StatisticsError
 
@@ -64,15 +60,6 @@ class LayerStatistics:
         """[E] float64: share of the layer's selections, summing to 1 (row normalisation)."""
         selected = self.sums["selected"].astype(np.float64)
         return np.asarray(selected / max(selected.sum(), 1.0))
-
-
-def accumulate(
-    sums: dict[Key, Sums], domain: str, seen: Mapping[int, Routed], num_experts: int
-) -> None:
-    """Adds what one batch did in the layers that were watched to `sums`."""
-    for layer, routed in seen.items():
-        total = sums.setdefault((domain, layer), empty_sums(num_experts))
-        add(total, layer_sums(routed, num_experts))
 
 
 def schema(num_experts: int, metadata: Mapping[str, str]) -> pa.Schema:

@@ -105,11 +105,13 @@ def test_an_interrupted_run_prints_one_line_and_goes_on(
         f" coalesce run {recipe} --quiet\n"
     )
     assert out == ""
-    assert not list(inputs.run_dir.rglob("*.tmp"))
+    # On Ray the driver leaves and its workers are killed, perhaps while one writes.
+    assert kind == "ray" or not list(inputs.run_dir.rglob("*.tmp"))
     assert f"stopped by {number.name}" in headline(of(inputs.run_dir))
     finished = list(inputs.run_dir.glob("calibration/shards/*.json"))
     assert len(finished) < 16
     assert coalesce("run", inputs.recipe(calibrate__shards=16), "--quiet").code == 0
+    assert not list(inputs.run_dir.rglob("*.tmp"))
     events = list(read_events(inputs.run_dir / "events.jsonl"))
     kept = [e for e in events if e["event"] == "resuming" and e["stage"] == "calibrate"]
     assert [event["done"] for event in kept] == [len(finished)]
