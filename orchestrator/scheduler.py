@@ -74,7 +74,13 @@ class Scheduler:
         seconds, peak = round(time.monotonic() - start, 3), peak_rss()
         self.done[stage] = [Done(stage, {}, {}, seconds, peak)]
         self._events.emit(
-            "unit_done", stage=stage, unit=stage, done=1, units=1, peak_rss_bytes=peak
+            "unit_done",
+            stage=stage,
+            unit=stage,
+            done=1,
+            units=1,
+            seconds=seconds,
+            peak_rss_bytes=peak,
         )
         self._events.emit("stage_done", stage=stage, seconds=seconds)
 

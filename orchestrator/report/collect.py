@@ -10,7 +10,9 @@ from typing import Any
 
 import pyarrow as pa
 
+from orchestrator.events import read_events
 from orchestrator.preflight import Prepared
+from orchestrator.report.history import history
 from orchestrator.run_folder import MAIN, versions
 from stages.calibrate import coverage
 from stages.calibrate.statistics import domain_sums
@@ -55,6 +57,7 @@ def collect(found: Collected) -> dict[str, Any]:
     """The whole report as JSON values."""
     config = found.prepared.config
     moe = found.prepared.moe
+    course = history(read_events(found.prepared.folder.events))
     return {
         "schema": 1,
         "run": {
@@ -90,8 +93,9 @@ def collect(found: Collected) -> dict[str, Any]:
         "routing": _routing(found.statistics),
         **_quality(found.measured),
         "baseline_bytes": dict(found.baseline_bytes),
-        "seconds": _per_stage(found, lambda each: round(sum(d.seconds for d in each), 3)),
-        "peak_rss_bytes": _per_stage(found, lambda each: max(d.peak_rss_bytes for d in each)),
+        "history": course,
+        "seconds": {name: each["seconds"] for name, each in course["stages"].items()},
+        "peak_rss_bytes": {n: each["peak_rss_bytes"] for n, each in course["stages"].items()},
         "gate": _export_result(found),
     }
 
@@ -206,7 +210,3 @@ def _quality(measured: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 def _export_result(found: Collected) -> dict[str, Any]:
     return found.done["export"][0].result
-
-
-def _per_stage(found: Collected, measure: Any) -> dict[str, Any]:
-    return {stage: measure(done) for stage, done in found.done.items() if done}

@@ -46,6 +46,7 @@ def _context(report: dict[str, Any]) -> Row:
         "warnings": [str(text) for text in report.get("warnings") or []],
         "checks": _check_rows(report),
         "resources": _resource_rows(report),
+        "starts": _start_rows(report),
         "provenance": _provenance(report),
         "config": _as_yaml(part(report, "method", "config")),
         "figures": _figures(report),
@@ -200,8 +201,36 @@ def _resource_rows(report: dict[str, Any]) -> list[Row]:
             "stage": name,
             "seconds": wording.duration(part(report, "seconds", name)),
             "peak": wording.size(part(report, "peak_rss_bytes", name)),
+            **_unit_cells(facts.table(report, "history", "stages", name)),
         }
         for name in facts.stages(report)
+    ]
+
+
+def _unit_cells(stage: Row) -> Row:
+    """Number of units, the slowest of several, and what was lost on the way."""
+    units, slowest = stage.get("units"), stage.get("slowest")
+    lost = [f"{count} {cause}" for cause, count in sorted(facts.table(stage, "lost").items())]
+    failed = stage.get("failed")
+    several = bool(slowest) and units not in (None, 1)
+    return {
+        "units": wording.count(units),
+        "slowest": f"{slowest[0]} {wording.duration(slowest[1])}" if slowest and several else "",
+        "lost": ", ".join([*lost, *([f"{failed} failed"] if failed else [])]),
+    }
+
+
+def _start_rows(report: dict[str, Any]) -> list[Row]:
+    """Every start of the run, if there was more than one."""
+    starts = part(report, "history", "starts") or []
+    return [
+        {
+            "begun": each.get("begun") or wording.MISSING,
+            "seconds": wording.duration(each.get("seconds")),
+            "units": wording.count(each.get("units")),
+            "ended": each.get("ended") or "wrote this report",
+        }
+        for each in (starts if len(starts) > 1 else [])
     ]
 
 
