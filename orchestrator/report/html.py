@@ -213,16 +213,17 @@ def _unit_cells(stage: Row) -> Row:
     lost = [f"{count} {cause}" for cause, count in sorted(facts.table(stage, "lost").items())]
     failed = stage.get("failed")
     several = bool(slowest) and units not in (None, 1)
+    name, seconds = slowest if slowest and several else ("", None)
     return {
         "units": wording.count(units),
-        "slowest": f"{slowest[0]} {wording.duration(slowest[1])}" if slowest and several else "",
+        "slowest": f"{name} {wording.duration(seconds)}" if name else "",
         "lost": ", ".join([*lost, *([f"{failed} failed"] if failed else [])]),
     }
 
 
 def _start_rows(report: dict[str, Any]) -> list[Row]:
     """Every start of the run, if there was more than one."""
-    starts = part(report, "history", "starts") or []
+    starts = [each for each in part(report, "history", "starts") or [] if each]
     return [
         {
             "begun": each.get("begun") or wording.MISSING,
