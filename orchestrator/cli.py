@@ -66,12 +66,18 @@ def calibrate(
 
 
 @app.command()
-def plan(config: Recipe, overrides: Overrides = None) -> None:
+def plan(
+    config: Recipe,
+    overrides: Overrides = None,
+    config_only: Annotated[
+        bool,
+        typer.Option("--config-only", help="From the model's config.json, before its weights."),
+    ] = False,
+) -> None:
     """Show units, bytes, memory and what is already done; loads no weights."""
-    from orchestrator.plan import table
-    from orchestrator.preflight import prepare
+    from orchestrator.commands.plan import plan_command
 
-    _wide_console().print(table(prepare(_load(config, overrides).config)))
+    plan_command(_load(config, overrides).config, _wide_console(), config_only=config_only)
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -109,7 +110,10 @@ def prepare(config: RunConfig) -> Prepared:
     return prepared
 
 
-def resolve_model(config: ModelConfig) -> Path:
+_DOWNLOADED = ("*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt")
+
+
+def resolve_model(config: ModelConfig, patterns: Sequence[str] = _DOWNLOADED) -> Path:
     """The local folder of a model; a hub name is downloaded (weights, config, tokenizer only).
 
     Raises:
@@ -123,8 +127,9 @@ def resolve_model(config: ModelConfig) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt"]
-        found = snapshot_download(config.path, revision=config.revision, allow_patterns=patterns)
+        found = snapshot_download(
+            config.path, revision=config.revision, allow_patterns=list(patterns)
+        )
     except Exception as error:  # the hub's client has dozens of types; all mean: not to be had
         raise CheckpointError(
             f"{config.path} is no local folder and cannot be downloaded:"
