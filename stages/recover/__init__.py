@@ -1,1 +1,1 @@
-"""Recovery: the compressed model is trained to say what the original says (arXiv 2310.01334, 3.3)."""
+"""Recovery: the compressed model learns to say what the original says (arXiv 2310.01334, 3.3)."""

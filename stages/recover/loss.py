@@ -1,4 +1,4 @@
-"""L = L_CE + alpha * L_KD, per token that is predicted (arXiv 2310.01334, section 3.3 and table A11).
+"""L = L_CE + alpha * L_KD per token that is predicted (arXiv 2310.01334, section 3.3, table A11).
 
 The paper gives alpha 0.2 and temperature 2 and does not say how L_KD is scaled. Its code leaves the
 factor T^2 out and adds up positions, padding included, so that the weight of the distillation grows
