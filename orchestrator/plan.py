@@ -8,9 +8,9 @@ from pathlib import Path
 
 from rich.table import Table
 
-from orchestrator import disk, engine, estimate, pipeline, samples
+from orchestrator import disk, engine, estimate, flops, pipeline, samples
 from orchestrator.estimate import human
-from orchestrator.preflight import Prepared, expected_layouts
+from orchestrator.preflight import Prepared, expected_decisions, expected_layouts
 from stages.transform.stage import file_name
 from stages.unit import Unit, beside, read_marker
 from stages.verify import stage as verify
@@ -62,8 +62,17 @@ def summary(run: Prepared) -> str:
         f"{run.moe.family.model_type}, {len(run.moe.layers)} MoE layers of {run.moe.num_experts}"
         f" experts, top-{run.moe.top_k}: {human(before)} -> {human(after)}"
         f" ({after / before:.1%}), exactly {after:,} bytes of weights;"
-        f" {human(disk.peak_bytes(run))} of disk at the peak{text}"
+        f" {human(disk.peak_bytes(run))} of disk at the peak;"
+        f" {_operations(run)}{text}"
     )
+
+
+def _operations(run: Prepared) -> str:
+    """Of one token, before and after."""
+    before = flops.per_token(run.moe)
+    after = flops.per_token(run.moe, expected_decisions(run.variants[0], run.moe))
+    unit, name = (1e9, "GFLOP") if before >= 1e9 else (1e6, "MFLOP")
+    return f"{before / unit:.3g} -> {after / unit:.3g} {name} per token ({after / before:.1%})"
 
 
 def _verify(run: Prepared) -> Row:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from orchestrator import flops
 from orchestrator.events import read_events
 from orchestrator.preflight import Prepared
 from orchestrator.report.history import history
@@ -86,6 +87,10 @@ def collect(found: Collected) -> dict[str, Any]:
         },
         "format": config.export.format,
         **_sizes(found),
+        "flops_per_token": {
+            "before": flops.per_token(moe),
+            "after": flops.per_token(moe, found.decisions),
+        },
         **_layers(found),
         "warnings": _warnings(found),
         "tokens": _tokens(found),

@@ -59,16 +59,19 @@ def _unbroken(text: str) -> str:
 
 
 def _tiles(report: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """The four numbers a reader looks for first: heading, value, detail."""
+    """The numbers a reader looks for first: heading, value, detail."""
     size = facts.ratio(part(report, "bytes", "after"), part(report, "bytes", "before"))
     parameters = facts.table(report, "parameters")
     counts = [wording.count(parameters.get(key)) for key in ("before", "after")]
     weight = facts.ratio(parameters.get("after"), parameters.get("before"))
+    work = facts.table(report, "flops_per_token")
+    less = facts.ratio(work.get("after"), work.get("before"))
     compressed = facts.of_kind(facts.variants(report), "compressed")
     kl = compressed.kl.overall if compressed else None
     return [
         ("bytes kept", wording.percent(size), "of the original checkpoint"),
         ("parameters kept", wording.percent(weight), story.ARROW.join(counts)),
+        ("FLOPs kept", wording.percent(less), "per token, in products with weights"),
         ("rise of log-perplexity", wording.nats(story.rise(report)), "nats per token"),
         ("KL divergence", wording.decimal(kl), "nats, original to compressed"),
     ]

@@ -25,7 +25,7 @@ HOSTILE = "<script>alert('x')</script> $\\frac & \"quoted\""
 OPTIONAL = (
     "run", "model", "method", "format", "bytes", "parameters", "experts", "groups", "warnings",
     "tokens", "routing", "align", "perplexity", "kl", "baseline_bytes", "seconds",
-    "peak_rss_bytes", "history", "gate",
+    "peak_rss_bytes", "history", "gate", "flops_per_token",
 )  # fmt: skip
 
 
@@ -90,6 +90,7 @@ def make_report(layers: int = 5, experts: int = 16, kept: int = 8) -> dict[str, 
         "seconds": {"verify": 0.8, "corpus": 1.2, "calibrate": 41.7, "group": 0.3, "align": 6.1,
                     "merge": 9.4, "export": 0.9, "evaluate": 83.0},
         "peak_rss_bytes": {"calibrate": 612_000_000, "merge": 480_000_000, "evaluate": 655_000_000},
+        "flops_per_token": {"before": 3_400_000, "after": 2_900_000},
         "history": {
             "starts": [
                 {"begun": "2026-05-01T10:00:00Z", "seconds": 71.0, "units": 9, "ended": "killed"},
