@@ -66,7 +66,19 @@ def transform(run: Prepared) -> int:
     layouts = [each for variant in run.variants for each in expected_layouts(variant, moe)]
     largest = max(each.tensor_bytes for each in layouts)
     expert = max(moe.expert_bytes(layer) for layer in moe.layers)
-    return PROCESS_BYTES + 2 * largest + (moe.num_experts + 8) * expert + _refit(run)
+    reading = max(_refit(run), _alignment(run))
+    return PROCESS_BYTES + 2 * largest + (moe.num_experts + 8) * expert + reading
+
+
+def _alignment(run: Prepared) -> int:
+    """The sampled inputs of a layer, and the neurons of two experts and unit copies on them."""
+    config, moe = run.config, run.moe
+    if not config.align.watches:
+        return 0
+    sampled = samples.sampled_tokens(config.calibrate, moe)
+    neurons = max(moe.meta_expert(layer).neurons for layer in moe.layers)
+    inputs = 8 * sampled * moe.hidden_size
+    return inputs + 16 * min(sampled, config.align.tokens) * neurons + 12 * neurons**2
 
 
 def _refit(run: Prepared) -> int:

@@ -22,9 +22,14 @@ def needs(config: RunConfig, method: AnyMethod) -> frozenset[Need]:
     found: set[Need] = set(method.needs)
     if config.merge.weights == "alpha" and not method.prunes:
         found.add("subsample")
-    if config.refit.enabled is True:
+    if config.refit.enabled is True or _watches(config, method):
         found.add("inputs")
     return frozenset(found)
+
+
+def _watches(config: RunConfig, method: AnyMethod) -> bool:
+    """Whether members of groups are aligned by what they do; nothing is where nothing is merged."""
+    return config.align.watches and not method.prunes and not method.narrows
 
 
 def check_needs(
@@ -39,11 +44,6 @@ def check_needs(
         ConfigError: a sample is needed and none will be taken.
         StatisticsError: the task names a domain that will not be observed.
     """
-    if config.align.by != "weights":
-        raise ConfigError(
-            f"align.by={config.align.by} is not part of a run yet",
-            "set align.by=weights",
-        )
     if "subsample" in needs(config, config.group) and not _sampled(config, folder, moe):
         why = config.group.method if "subsample" in config.group.needs else "merge.weights=alpha"
         raise ConfigError(
@@ -51,12 +51,21 @@ def check_needs(
             "set calibrate.sample.tokens (4096) and calibrate.sample.statistics=true",
         )
     if "inputs" in needs(config, config.group) and not _inputs(config, folder, moe):
-        what: str = config.group.method if config.group.needs else "refit.enabled=true"
+        what, remedy = _asks_for_inputs(config)
         raise ConfigError(
             f"{what} needs a sample of what enters the layers, and none is taken",
-            "set calibrate.sample.tokens (16384), or use a method that keeps whole experts",
+            f"set calibrate.sample.tokens (16384), or {remedy}",
         )
     _check_domains(config, domains)
+
+
+def _asks_for_inputs(config: RunConfig) -> tuple[str, str]:
+    """What cannot do without sampled inputs, and what can instead."""
+    if "inputs" in config.group.needs:
+        return config.group.method, "use a method that keeps whole experts"
+    if config.refit.enabled is True:
+        return "refit.enabled=true", "refit.enabled=auto"
+    return f"align.by={config.align.by}", "align.by=weights"
 
 
 def attached(

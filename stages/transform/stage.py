@@ -23,6 +23,7 @@ from models.routing import route
 from stages.align.config import VERSION as ALIGN_VERSION
 from stages.align.config import AlignConfig
 from stages.align.matching import align, squared_distance
+from stages.align.sample import AlignSample, Seen
 from stages.errors import StatisticsError
 from stages.export.config import VERSION as EXPORT_VERSION
 from stages.export.config import ExportConfig
@@ -73,18 +74,36 @@ class TransformUnit(OneFile):
     def fingerprint(self) -> Fingerprint:
         """Model, decision of this layer, and the config that shapes the tensors."""
         decision = self.decision
-        return {
-            "code": f"align-{ALIGN_VERSION} merge-{MERGE_VERSION} export-{EXPORT_VERSION}",
-            "model": self.model,
-            "config": {
-                "align": self.align.model_dump(mode="json"),
-                "merge": self.merge.model_dump(mode="json"),
-                "export": self.export.model_dump(mode="json", exclude={"compare_limit_bytes"}),
-            },
-            "decision": None
-            if decision is None
-            else [list(decision.group), list(decision.representatives), list(decision.weight)],
-        } | self._reduction
+        return (
+            {
+                "code": f"align-{ALIGN_VERSION} merge-{MERGE_VERSION} export-{EXPORT_VERSION}",
+                "model": self.model,
+                "config": {
+                    "align": self.align.model_dump(mode="json"),
+                    "merge": self.merge.model_dump(mode="json"),
+                    "export": self.export.model_dump(mode="json", exclude={"compare_limit_bytes"}),
+                },
+                "decision": None
+                if decision is None
+                else [list(decision.group), list(decision.representatives), list(decision.weight)],
+            }
+            | self._alignment
+            | self._reduction
+        )
+
+    @property
+    def watches(self) -> bool:
+        """Whether a group of this layer is aligned by what its neurons do."""
+        decision = self.decision
+        merges = decision is not None and any(len(each) > 1 for each in decision.members)
+        return merges and self.align.watches
+
+    @property
+    def _alignment(self) -> Fingerprint:
+        """What alignment by activations depends on beside the rest."""
+        if not self.watches:
+            return {}
+        return {"alignment": [self.inputs and self.inputs[1], self.task and dict(self.task)]}
 
     @property
     def needs_inputs(self) -> bool:
@@ -175,7 +194,8 @@ def run_one(unit: TransformUnit) -> dict[str, Any]:
     tensors = {form.dense_name(unit.moe, name): tensor for name, tensor in dense.items()}
     result: dict[str, Any] = {"tensors": len(tensors)}
     if unit.decision is not None:
-        merged, distances = merge_groups(unit.moe, unit.decision, unit.align, unit.merge)
+        seen = _seen(unit, unit.decision.layer)
+        merged, distances = merge_groups(unit.moe, unit.decision, unit.align, unit.merge, seen)
         routers = unit.moe.checkpoint.read(unit.moe.router_names(unit.decision.layer))
         if unit.needs_inputs:
             reduction = reduce_layer(unit, unit.decision, merged, routers)
@@ -241,24 +261,41 @@ def _routing(
     return group[inputs.ids], inputs.gates
 
 
+def _seen(unit: TransformUnit, layer: int) -> Seen | None:
+    """Reads the layer's sample if its groups are aligned by it."""
+    if not unit.watches or unit.inputs is None:
+        return None
+    return AlignSample(*unit.inputs, unit.task).open(unit.moe, layer, unit.align)
+
+
 def merge_groups(
-    moe: MoeCheckpoint, decision: LayerDecision, align_config: AlignConfig, config: MergeConfig
+    moe: MoeCheckpoint,
+    decision: LayerDecision,
+    align_config: AlignConfig,
+    config: MergeConfig,
+    seen: Seen | None = None,
 ) -> tuple[list[Expert], dict[str, float]]:
     """One expert per group, and the squared distances to the representatives.
 
     Only the members of one group are held beside the results.
+
+    Args:
+        seen: what an expert's neurons do on sampled tokens; needed where weights do not decide.
     """
     merged: list[Expert] = []
     before = after = 0.0
     for representative, members in zip(decision.representatives, decision.members, strict=True):
         experts = dict(zip(members, moe.read_experts(decision.layer, list(members)), strict=True))
         reference = experts[representative]
+        watched = None if seen is None or len(members) == 1 else seen(reference)
         for expert in members:
             if expert == representative:
                 continue
             before += squared_distance(reference, experts[expert])
             if align_config.enabled:
-                experts[expert] = align(reference, experts[expert], align_config.by)
+                target = experts[expert]
+                both = None if seen is None or watched is None else (watched, seen(target))
+                experts[expert] = align(reference, target, align_config.by, both)
             after += squared_distance(reference, experts[expert])
         uniform = config.weights == "uniform"
         weights = [1.0 if uniform else decision.weight[expert] for expert in members]

@@ -31,6 +31,7 @@ def again(finished: Inputs, folder: Path, **changes: Any) -> Prepared:
     recipe = yaml.safe_load(finished.recipe().read_text())
     recipe["run_dir"] = str(folder / "run")
     recipe["calibrate"]["statistics"] = str(finished.run_dir / "statistics.arrow")
+    folder.mkdir(exist_ok=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe | changes))
     return prepare(load(str(folder / "recipe.yaml")).config)
 
@@ -95,6 +96,24 @@ def test_a_run_writes_what_the_method_decided(
             assert layer[representative] == max(layer[list(members)])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("by", ["activations", "both"])
+def test_a_run_aligns_by_what_neurons_do(finished: Inputs, tmp_path: Path, by: str) -> None:
+    """On the sample that an earlier run took; a second call finds every layer done."""
+    job = again(finished, tmp_path, group={"method": "mc_smoe"}, align={"by": by})
+    run(job)
+    layers = [path.read_bytes() for path in sorted(job.folder.layers(MAIN).glob("*.safetensors"))]
+    plain = again(finished, tmp_path / "plain", group={"method": "mc_smoe"})
+    run(plain)
+
+    run(prepare(job.config))
+
+    again_made = sorted(job.folder.layers(MAIN).glob("*.safetensors"))
+    by_weights = sorted(plain.folder.layers(MAIN).glob("*.safetensors"))
+    assert [path.read_bytes() for path in again_made] == layers
+    assert [path.read_bytes() for path in by_weights] != layers
+
+
 OFF = "calibrate.sample=null"
 REFUSALS: dict[str, tuple[tuple[str, ...], list[str]]] = {
     "a method without its sample": (
@@ -117,7 +136,14 @@ REFUSALS: dict[str, tuple[tuple[str, ...], list[str]]] = {
         ("group={method: ream, group_size: 1}",),
         ["4 groups of 1 cannot hold 8 experts", "2 or more"],
     ),
-    "a criterion that is not wired": (("align.by=both",), ["align.by=both", "align.by=weights"]),
+    "alignment without its sample": (
+        ("align.by=both", OFF),
+        ["align.by=both needs a sample of what enters the layers", "align.by=weights"],
+    ),
+    "a refit without its sample": (
+        ("refit.enabled=true", OFF),
+        ["refit.enabled=true needs a sample", "refit.enabled=auto"],
+    ),
 }
 
 
