@@ -1,10 +1,8 @@
-"""What the neurons of a layer's experts do on sampled tokens: what alignment by activations reads."""
+"""What the neurons of a layer's experts do on sampled tokens, for alignment by activations."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,25 +20,20 @@ Seen = Callable[[Expert], Tensor]
 _COMPARED = 16
 
 
-@dataclass(frozen=True)
-class AlignSample:
-    """Where a layer's sampled inputs lie, and which domains of them count."""
+def watched(
+    moe: MoeCheckpoint,
+    inputs: LayerInputs,
+    config: AlignConfig,
+    task: Mapping[str, float] | None,
+) -> Seen:
+    """`seen` by a checkpoint's own experts.
 
-    inputs: Path
-    digest: str
-    task: tuple[tuple[str, float], ...] | None = None
-
-    def open(self, moe: MoeCheckpoint, layer: int, config: AlignConfig) -> Seen:
-        """Reads the sample.
-
-        Raises:
-            StatisticsError: it cannot be read.
-            CheckpointError: the family's experts compute a function that is not known here.
-        """
-        inputs = LayerInputs.read(self.inputs)
-        check_function(moe, layer, inputs.hidden[:_COMPARED])
-        task = None if self.task is None else dict(self.task)
-        return seen(inputs, activation(moe.checkpoint.config), config.tokens, task)
+    Raises:
+        StatisticsError: no token of the sample counts.
+        CheckpointError: the family's experts compute a function that is not known here.
+    """
+    check_function(moe, inputs.layer, inputs.hidden[:_COMPARED])
+    return seen(inputs, activation(moe.checkpoint.config), config.tokens, task)
 
 
 def seen(

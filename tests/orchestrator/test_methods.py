@@ -15,7 +15,7 @@ from orchestrator.load import load
 from orchestrator.needs import attached
 from orchestrator.preflight import Prepared, prepare
 from orchestrator.run import run
-from orchestrator.run_folder import MAIN
+from orchestrator.run_folder import MAIN, RunFolder
 from stages.calibrate.statistics import read_statistics
 from stages.export.layout import sizes
 from stages.group.decision import from_table
@@ -31,7 +31,6 @@ def again(finished: Inputs, folder: Path, **changes: Any) -> Prepared:
     recipe = yaml.safe_load(finished.recipe().read_text())
     recipe["run_dir"] = str(folder / "run")
     recipe["calibrate"]["statistics"] = str(finished.run_dir / "statistics.arrow")
-    folder.mkdir(exist_ok=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe | changes))
     return prepare(load(str(folder / "recipe.yaml")).config)
 
@@ -96,22 +95,32 @@ def test_a_run_writes_what_the_method_decided(
             assert layer[representative] == max(layer[list(members)])
 
 
+SAMPLED: dict[str, dict[str, Any]] = {
+    "align-activations": {"align": {"by": "activations"}},
+    "align-both": {"align": {"by": "both"}},
+    "router-least-squares": {"export": {"router": "least_squares"}},
+    "router-reinit": {"export": {"router": "reinit"}},
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("by", ["activations", "both"])
-def test_a_run_aligns_by_what_neurons_do(finished: Inputs, tmp_path: Path, by: str) -> None:
+@pytest.mark.parametrize("name", SAMPLED)
+def test_a_run_merges_by_its_sample_and_continues(
+    finished: Inputs, tmp_path: Path, name: str
+) -> None:
     """On the sample that an earlier run took; a second call finds every layer done."""
-    job = again(finished, tmp_path, group={"method": "mc_smoe"}, align={"by": by})
+    group = {"method": "mc_smoe"}
+    job = again(finished, tmp_path, group=group, **SAMPLED[name])
     run(job)
     layers = [path.read_bytes() for path in sorted(job.folder.layers(MAIN).glob("*.safetensors"))]
-    plain = again(finished, tmp_path / "plain", group={"method": "mc_smoe"})
-    run(plain)
+    plain = sorted(RunFolder(finished.run_dir).layers(MAIN).glob("*.safetensors"))
 
     run(prepare(job.config))
 
     again_made = sorted(job.folder.layers(MAIN).glob("*.safetensors"))
-    by_weights = sorted(plain.folder.layers(MAIN).glob("*.safetensors"))
     assert [path.read_bytes() for path in again_made] == layers
-    assert [path.read_bytes() for path in by_weights] != layers
+    assert len(plain) == len(layers)
+    assert [path.read_bytes() for path in plain] != layers
 
 
 OFF = "calibrate.sample=null"
@@ -139,6 +148,14 @@ REFUSALS: dict[str, tuple[tuple[str, ...], list[str]]] = {
     "alignment without its sample": (
         ("align.by=both", OFF),
         ["align.by=both needs a sample of what enters the layers", "align.by=weights"],
+    ),
+    "a router without its sample": (
+        ("export.router=least_squares", OFF),
+        ["export.router=least_squares needs a sample", "export.router=mean"],
+    ),
+    "a router that the format keeps": (
+        ("export={format: mapped, router: mean}",),
+        ["router=mean needs format=native: mapped keeps the router as it is"],
     ),
     "a refit without its sample": (
         ("refit.enabled=true", OFF),
