@@ -16,15 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.output import show
-from benchmarks.quality import ASIDE, BUNDLED, Task, all_work, claim, only_domain
+from benchmarks.quality import BUNDLED, Task, all_work, claim, only_domain
 from benchmarks.quality_cell import Setup
-from benchmarks.quality_summary import summary
+from benchmarks.quality_methods import Cell
+from benchmarks.quality_summary import DEFAULT, summary
 from benchmarks.quality_table import between, one_domain_table, tokens_table
 from models.atomic import write_json
 from orchestrator.run_folder import versions
 
 TOKENS = (4096, 16_384, 65_536, 262_144)
 QUICK = (2048, 4096)
+# The default, whose refit reads the sample, and a method that reads routing sums alone.
+CELLS = (Cell(DEFAULT, 0.5, True), Cell("reap", 0.5, False))
 # What stands between these lines of a page comes from the file.
 MARKS = ("<!-- calibration: begin -->\n", "<!-- calibration: end -->\n")
 
@@ -44,12 +47,12 @@ def setup_of(options: argparse.Namespace) -> Setup:
 def plan(setup: Setup, sizes: Sequence[int], domain: str, out: Path) -> list[Task]:
     """One observation per size, and one of the second largest size on one domain alone."""
     every = [
-        Task(replace(setup, tokens=size, sample=size), 0, out / f"tokens-{size}", ASIDE)
+        Task(replace(setup, tokens=size, sample=size), 0, out / f"tokens-{size}", CELLS)
         for size in sizes
     ]
     text = only_domain(setup.calibration, domain, out / f"{domain}.parquet")
     alone = replace(every[-2].setup, calibration=text)
-    return [*every, Task(alone, 0, out / domain, ASIDE)]
+    return [*every, Task(alone, 0, out / domain, CELLS)]
 
 
 def collect(

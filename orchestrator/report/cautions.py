@@ -8,6 +8,8 @@ from typing import Any
 
 from orchestrator.report import wording
 from orchestrator.report.facts import log_ratio
+from orchestrator.report.wording import finite
+from stages.calibrate.coverage import shown
 from stages.corpus import overlap
 from stages.corpus.config import DedupConfig
 from stages.unit import Done
@@ -73,6 +75,29 @@ def uncalibrated(
     ]
 
 
+def unfitted(refit: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Layers whose refit had fewer tokens than unknowns, and those that it left as they were."""
+    scarce = {
+        layer: tokens
+        for layer, each in refit.items()
+        if (tokens := finite(each.get("tokens_per_unknown"))) is not None and tokens < 1
+    }
+    left = [int(layer) for layer, each in refit.items() if each.get("strength") is None]
+    lines = []
+    if scarce:
+        lines.append(
+            f"layers {shown(sorted(map(int, scarce)))}: the refit had fewer tokens than unknowns"
+            f" ({min(scarce.values()):.2g} for each at least), the ridge fills in for the rest"
+            " (raise calibrate.sample.tokens)"
+        )
+    if left:
+        lines.append(
+            f"layers {shown(sorted(left))}: the closed-form refit was not made, because it gained"
+            " nothing on held-out tokens (raise calibrate.sample.tokens)"
+        )
+    return lines
+
+
 def overlaps(done: Iterable[Done]) -> dict[str, dict[str, Any]]:
     """Domain -> how much of the calibration text is evaluated; empty: not compared."""
     for each in done:
@@ -87,6 +112,7 @@ def cautions(
     task: Mapping[str, float] | None,
     shared: Mapping[str, Mapping[str, Any]],
     dedup: DedupConfig,
+    refit: Mapping[str, Mapping[str, Any]],
 ) -> list[str]:
     """All lines, for the report's warnings."""
     rises = domain_rises(perplexity)
@@ -94,4 +120,5 @@ def cautions(
         *overlap.warnings(shared, dedup.share),
         *uncalibrated(rises, seen, task),
         *uneven(rises),
+        *unfitted(refit),
     ]

@@ -176,6 +176,7 @@ def found_cautions(found: Collected) -> list[str]:
         config.group.task,
         overlaps(found.done.get("corpus", ())),
         config.calibrate.dedup,
+        _layers(found)["refit"],
     )
 
 

@@ -12,7 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.report.cautions import cautions, domain_rises, overlaps, uncalibrated, uneven
+from orchestrator.report.cautions import (
+    cautions,
+    domain_rises,
+    overlaps,
+    uncalibrated,
+    uneven,
+    unfitted,
+)
 from stages.corpus.config import DedupConfig
 from stages.unit import Done
 from tests.orchestrator.tiny_run import WORDS, Command, Inputs, write_jsonl
@@ -105,9 +112,23 @@ def test_shared_text_comes_from_the_corpus_unit() -> None:
     shared = overlaps(units)
 
     assert shared == {"law": counts}
-    (line,) = cautions({}, ["law"], None, shared, DedupConfig())
+    (line,) = cautions({}, ["law"], None, shared, DedupConfig(), {})
     assert line.startswith("calibration text of law: 2 of 4 documents (40 of 90 tokens)")
     assert overlaps(units[:1]) == {}
+
+
+def test_a_refit_with_too_few_tokens_and_one_that_was_not_made_are_named() -> None:
+    refit: dict[str, Any] = {
+        "0": {"strength": 0.1, "tokens_per_unknown": 0.5},
+        "1": {"strength": None, "tokens_per_unknown": 0.75},
+        "3": {"strength": 0.01, "tokens_per_unknown": 12.0},
+    }
+
+    scarce, left = unfitted(refit)
+
+    assert scarce.startswith("layers [0, 1]: the refit had fewer tokens than unknowns (0.5 for")
+    assert left.startswith("layers [1]: the closed-form refit was not made")
+    assert unfitted({"3": refit["3"]}) == []
 
 
 def recipe(inputs: Inputs, **dedup: Any) -> Path:

@@ -143,6 +143,21 @@ def test_a_fit_is_never_worse_on_the_tokens_that_judge(seed: int, groups: int, t
     assert (found.strength is None) == found.rows.equal(prior.double())
 
 
+@pytest.mark.parametrize("tokens", [5, 200])
+def test_inputs_that_repeat_each_other_give_finite_rows(tokens: int) -> None:
+    """A singular Gram: fewer tokens than components, and components that are equal or zero."""
+    x = random_input(tokens, 8, 0)
+    x[:, 4:] = x[:, :4]
+    x[:, 0] = 0
+    targets = x[:, 1:3] * 2
+
+    found = fit_rows(x, targets, torch.zeros(2, 8), torch.arange(tokens) % 5 == 0)
+
+    assert found.rows.isfinite().all()
+    assert found.error_after <= found.error_before
+    assert tokens == 5 or found.error_after < 1e-6
+
+
 @PROPERTY
 @given(seed=st.integers(0, 999), shift=st.floats(-50, 50))
 def test_group_logits_have_the_groups_share_of_the_softmax(seed: int, shift: float) -> None:
