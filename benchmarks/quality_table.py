@@ -17,19 +17,29 @@ def page_with(page: str, found: Mapping[str, Any]) -> str:
     Raises:
         ValueError: it has no such marks.
     """
-    before, _, rest = page.partition(BEGIN)
-    _, mark, after = rest.partition(END)
+    return between(page, (BEGIN, END), tables(found))
+
+
+def between(page: str, marks: tuple[str, str], body: str) -> str:
+    """The page with what stands between its two marks replaced.
+
+    Raises:
+        ValueError: it has no such marks.
+    """
+    begin, end = marks
+    before, _, rest = page.partition(begin)
+    _, mark, after = rest.partition(end)
     if not mark:
-        raise ValueError(f"the page has no lines {BEGIN!r} and {END!r}")
-    return f"{before}{BEGIN}\n{tables(found)}\n{END}{after}"
+        raise ValueError(f"the page has no lines {begin!r} and {end!r}")
+    return f"{before}{begin}\n{body}\n{end}{after}"
 
 
 def tables(found: Mapping[str, Any]) -> str:
     """All tables in Markdown, separated by blank lines."""
     rows = found["rows"]
     parts = [_against_best(rows), _rises(rows), _details(found, 0.5)]
-    parts += [_tokens(found["calibration_tokens"])] if found.get("calibration_tokens") else []
-    parts += [_one_domain(found)] if found.get("one_domain") else []
+    parts += [tokens_table(found["calibration_tokens"])] if found.get("calibration_tokens") else []
+    parts += [one_domain_table(found)] if found.get("one_domain") else []
     return "\n\n".join(parts) + "\n"
 
 
@@ -91,14 +101,14 @@ def _details(found: Mapping[str, Any], keep: float) -> str:
     return _markdown(head, lines, left=(0,))
 
 
-def _tokens(groups: Sequence[Mapping[str, Any]]) -> str:
+def tokens_table(groups: Sequence[Mapping[str, Any]]) -> str:
     """Rise against the number of calibration tokens."""
     names = [_refitted(row) for row in groups[0]["rows"]]
     lines = [[f"{g['tokens']:,}", *(_plus_minus(row) for row in g["rows"])] for g in groups]
     return _markdown(["calibration tokens", *names], lines, left=())
 
 
-def _one_domain(found: Mapping[str, Any]) -> str:
+def one_domain_table(found: Mapping[str, Any]) -> str:
     """Per-domain rise when the calibration text is of one domain, beside that of all domains."""
     only, rows = found["one_domain"]["domain"], found["one_domain"]["rows"]
     mixed = {(row["method"], row["refit"], row["keep"]): row for row in found["rows"]}

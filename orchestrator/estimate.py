@@ -8,6 +8,7 @@ from orchestrator import samples
 from orchestrator.preflight import Prepared, expected_layouts
 from stages.calibrate.config import Engine
 from stages.calibrate.streaming import KEPT_ARGUMENT_BYTES
+from stages.corpus.overlap import BYTES_PER_TOKEN
 from stages.export.layout import FileLayout
 
 # Resident memory of a worker that has imported torch and transformers and done nothing yet.
@@ -21,10 +22,11 @@ def verify(run: Prepared) -> int:
 
 
 def corpus(run: Prepared) -> int:
-    """Token lists as Python integers."""
-    evaluate = run.config.evaluate
-    tokens = run.config.calibrate.data.tokens + (evaluate.data.tokens if evaluate else 0)
-    return PROCESS_BYTES + 64 * tokens
+    """Token lists as Python integers, and what evaluated documents are known by."""
+    evaluate, dedup = run.config.evaluate, run.config.calibrate.dedup
+    held = evaluate.data.tokens if evaluate else 0
+    known = 0 if dedup.mode == "off" else held * (BYTES_PER_TOKEN + 4 * dedup.run)
+    return PROCESS_BYTES + 64 * (run.config.calibrate.data.tokens + held) + known
 
 
 def calibrate(run: Prepared, engine: Engine) -> int:
@@ -66,7 +68,19 @@ def transform(run: Prepared) -> int:
     layouts = [each for variant in run.variants for each in expected_layouts(variant, moe)]
     largest = max(each.tensor_bytes for each in layouts)
     expert = max(moe.expert_bytes(layer) for layer in moe.layers)
-    return PROCESS_BYTES + 2 * largest + (moe.num_experts + 8) * expert + _refit(run)
+    reading = max(_refit(run), _alignment(run))
+    return PROCESS_BYTES + 2 * largest + (moe.num_experts + 8) * expert + reading
+
+
+def _alignment(run: Prepared) -> int:
+    """The sampled inputs of a layer, and the neurons of two experts and unit copies on them."""
+    config, moe = run.config, run.moe
+    if not config.align.watches:
+        return 0
+    sampled = samples.sampled_tokens(config.calibrate, moe)
+    neurons = max(moe.meta_expert(layer).neurons for layer in moe.layers)
+    inputs = 8 * sampled * moe.hidden_size
+    return inputs + 16 * min(sampled, config.align.tokens) * neurons + 12 * neurons**2
 
 
 def _refit(run: Prepared) -> int:

@@ -11,6 +11,7 @@ from orchestrator.errors import ConfigError
 from orchestrator.run_folder import RunFolder
 from stages.calibrate.statistics import LayerStatistics, read_statistics
 from stages.corpus.read import local_files
+from stages.export.router import check_router
 from stages.group.config import AnyMethod, Need
 from stages.group.provide import provide, subsample_sums
 from stages.group.task import check_task
@@ -22,9 +23,15 @@ def needs(config: RunConfig, method: AnyMethod) -> frozenset[Need]:
     found: set[Need] = set(method.needs)
     if config.merge.weights == "alpha" and not method.prunes:
         found.add("subsample")
-    if config.refit.enabled is True:
+    if config.refit.enabled is True or _merges_by_sample(config, method):
         found.add("inputs")
     return frozenset(found)
+
+
+def _merges_by_sample(config: RunConfig, method: AnyMethod) -> bool:
+    """Whether alignment or router rows look at the sample; not where nothing is merged."""
+    wanted = config.align.watches or config.export.router == "least_squares"
+    return wanted and not method.prunes and not method.narrows
 
 
 def check_needs(
@@ -36,14 +43,10 @@ def check_needs(
         domains: of the calibration text; not read where the statistics are another run's.
 
     Raises:
-        ConfigError: a sample is needed and none will be taken.
+        ConfigError: a sample is needed and none will be taken, or a router cannot be fitted.
         StatisticsError: the task names a domain that will not be observed.
     """
-    if config.align.by != "weights":
-        raise ConfigError(
-            f"align.by={config.align.by} is not part of a run yet",
-            "set align.by=weights",
-        )
+    check_router(config.export, moe)
     if "subsample" in needs(config, config.group) and not _sampled(config, folder, moe):
         why = config.group.method if "subsample" in config.group.needs else "merge.weights=alpha"
         raise ConfigError(
@@ -51,12 +54,23 @@ def check_needs(
             "set calibrate.sample.tokens (4096) and calibrate.sample.statistics=true",
         )
     if "inputs" in needs(config, config.group) and not _inputs(config, folder, moe):
-        what: str = config.group.method if config.group.needs else "refit.enabled=true"
+        what, remedy = _asks_for_inputs(config)
         raise ConfigError(
             f"{what} needs a sample of what enters the layers, and none is taken",
-            "set calibrate.sample.tokens (16384), or use a method that keeps whole experts",
+            f"set calibrate.sample.tokens (16384), or {remedy}",
         )
     _check_domains(config, domains)
+
+
+def _asks_for_inputs(config: RunConfig) -> tuple[str, str]:
+    """What cannot do without sampled inputs, and what can instead."""
+    if "inputs" in config.group.needs:
+        return config.group.method, "use a method that keeps whole experts"
+    if config.refit.enabled is True:
+        return "refit.enabled=true", "refit.enabled=auto"
+    if config.align.watches:
+        return f"align.by={config.align.by}", "align.by=weights"
+    return "export.router=least_squares", "export.router=mean"
 
 
 def attached(

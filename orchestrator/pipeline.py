@@ -44,6 +44,8 @@ def corpus_units(run: Prepared) -> list[CorpusUnit]:
                 config.calibrate.data,
                 run.tokenizer,
                 folder.calibration_tokens,
+                None if config.evaluate is None else config.evaluate.data,
+                config.calibrate.dedup,
             )
         )
     if config.evaluate is not None:

@@ -21,7 +21,7 @@ from orchestrator.lock import exclusive
 from orchestrator.needs import attached
 from orchestrator.preflight import Prepared, Variant
 from orchestrator.report.card import render_card
-from orchestrator.report.collect import Collected, collect
+from orchestrator.report.collect import Collected, collect, found_cautions
 from orchestrator.report.write import write_report
 from orchestrator.run_folder import MAIN, RunFolder
 from orchestrator.scheduler import Scheduler, open_executor
@@ -86,6 +86,8 @@ def run(prepared: Prepared, listeners: Sequence[Listener] = ()) -> Path:
         # What decides the result, and nothing about the machine that it was made on.
         card = render_card(report, yaml.safe_dump(run_folder.settled(prepared.config)))
         write_bytes(folder.output(MAIN) / "README.md", card.encode())
+    for message in found_cautions(found):
+        events.emit("warning", message=message)
     _remove_baselines(prepared)
     events.emit("run_done", report=str(folder.report / "index.html"))
     return folder.report

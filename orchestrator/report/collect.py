@@ -14,6 +14,7 @@ from orchestrator import flops
 from orchestrator.events import read_events
 from orchestrator.preflight import Prepared
 from orchestrator.report.history import history
+from orchestrator.report.cautions import cautions, overlaps
 from orchestrator.run_folder import MAIN, versions
 from stages.calibrate import coverage
 from stages.calibrate.statistics import domain_sums
@@ -92,7 +93,8 @@ def collect(found: Collected) -> dict[str, Any]:
             "after": flops.per_token(moe, found.decisions),
         },
         **_layers(found),
-        "warnings": _warnings(found),
+        "warnings": [*_warnings(found), *found_cautions(found)],
+        "overlap": overlaps(found.done.get("corpus", ())),
         "tokens": _tokens(found),
         "calibrate": _engines(found),
         "routing": _routing(found.statistics),
@@ -172,6 +174,19 @@ def _warnings(found: Collected) -> list[str]:
         *coverage.warnings(layers, config.calibrate.min_tokens_per_expert),
         *protected_lines(layers, config.group),
     ]
+
+
+def found_cautions(found: Collected) -> list[str]:
+    """What is known of domains once everything was measured."""
+    config = found.prepared.config
+    return cautions(
+        _quality(found.measured).get("perplexity", {}),
+        found.statistics["domain"].unique().to_pylist(),
+        config.group.task,
+        overlaps(found.done.get("corpus", ())),
+        config.calibrate.dedup,
+        _layers(found)["refit"],
+    )
 
 
 def _engines(found: Collected) -> dict[str, dict[str, int]]:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from stages.corpus.config import CorpusConfig
+from stages.corpus.config import CorpusConfig, DedupConfig
 from stages.settings import Settings
 
 VERSION = 2
@@ -30,6 +30,8 @@ class CalibrateConfig(Settings):
     """What is observed, and in how many independent shards."""
 
     data: CorpusConfig
+    # Documents that are also evaluated (`evaluate.data`).
+    dedup: DedupConfig = DedupConfig()
     # Units of work and of loss: a killed run repeats at most the shards that were under way.
     shards: int = Field(default=8, gt=0)
     batch_size: int = Field(default=8, gt=0)

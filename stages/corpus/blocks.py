@@ -69,12 +69,12 @@ def padded(
 ) -> Iterator[Block]:
     """One document per block, cut at `length`, until `budget` tokens were given out."""
     for document in documents:
-        if budget == 0:
-            return
         block = document[: min(length, budget)]
         if block:
             yield Block(domain, tuple(block))
             budget -= len(block)
+        if budget == 0:
+            return
 
 
 def split_budget(total: int, weights: list[float]) -> list[int]:

@@ -35,3 +35,14 @@ class CorpusConfig(Settings):
     # packed: documents of a domain joined by the end-of-text token; padded: one document a block.
     layout: Literal["packed", "padded"] = "packed"
     seed: int = 0
+
+
+class DedupConfig(Settings):
+    """What becomes of calibration documents that are also evaluated."""
+
+    # warn: counted by domain, and named. drop: left out as well, others take their place.
+    mode: Literal["warn", "drop", "off"] = "warn"
+    # Tokens of a run; documents are compared by their runs.
+    run: int = Field(default=13, gt=0)
+    # A document is shared if so much of its runs occurs in evaluated documents, or all of it does.
+    share: float = Field(default=0.5, gt=0, le=1)

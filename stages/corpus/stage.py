@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,14 @@ import pyarrow.compute as pc
 from models.arrow import write_table
 from models.atomic import file_digest, quick_digest, text_digest
 from stages.corpus.blocks import Block, packed, padded, split_budget
-from stages.corpus.config import VERSION, CorpusConfig
+from stages.corpus.config import VERSION, CorpusConfig, DedupConfig
+from stages.corpus.overlap import Deduplication, Evaluated
 from stages.corpus.read import documents, local_files, no_tokens
 from stages.errors import DataError
 from stages.unit import Fingerprint, OneFile
 
+# (domain, tokenised documents) -> those that are used.
+Through = Callable[[str, Iterable[list[int]]], Iterator[list[int]]]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
@@ -29,6 +32,14 @@ class CorpusUnit(OneFile):
     config: CorpusConfig
     tokenizer: Path
     output: Path
+    # Text that is evaluated and that documents are compared with; None: they are not.
+    evaluated: CorpusConfig | None = None
+    dedup: DedupConfig = field(default_factory=lambda: DedupConfig(mode="off"))
+
+    @property
+    def compares(self) -> bool:
+        """Whether documents are compared with those that are evaluated."""
+        return self.evaluated is not None and self.dedup.mode != "off"
 
     @property
     def fingerprint(self) -> Fingerprint:
@@ -38,16 +49,27 @@ class CorpusUnit(OneFile):
             "config": self.config.model_dump(mode="json"),
             "tokenizer": tokenizer_digest(self.tokenizer),
             "data": data_digest(self.config),
-        }
+        } | self._comparison
+
+    @property
+    def _comparison(self) -> Fingerprint:
+        if self.evaluated is None or not self.compares:
+            return {}
+        config = self.evaluated.model_dump(mode="json")
+        data = data_digest(self.evaluated)
+        return {"dedup": [self.dedup.model_dump(mode="json"), config, data]}
 
 
 def run_one(unit: CorpusUnit) -> dict[str, Any]:
     """Reads, tokenises and packs; writes `domain, tokens` rows, sorted by domain.
 
     Raises:
-        DataError: no document of a source has a single token.
+        DataError: no document of a source has a single token, or all are evaluated as well.
     """
-    blocks = list(_blocks(unit.config, load_tokenizer(unit.tokenizer)))
+    tokenizer = load_tokenizer(unit.tokenizer)
+    dedup = _deduplication(unit, tokenizer)
+    through = _all_of_them if dedup is None else dedup.passed
+    blocks = list(_blocks(unit.config, tokenizer, through))
     blocks.sort(key=lambda block: block.domain)
     table = pa.table(
         {
@@ -59,7 +81,22 @@ def run_one(unit: CorpusUnit) -> dict[str, Any]:
     counts: dict[str, int] = {}
     for block in blocks:
         counts[block.domain] = counts.get(block.domain, 0) + len(block.tokens)
-    return {"blocks": len(blocks), "tokens": counts, "bytes": unit.output.stat().st_size}
+    result = {"blocks": len(blocks), "tokens": counts, "bytes": unit.output.stat().st_size}
+    return result | ({} if dedup is None else {"overlap": dedup.as_json()})
+
+
+def _deduplication(unit: CorpusUnit, tokenizer: Any) -> Deduplication | None:
+    """Reads the evaluated documents once more, as far as they are evaluated."""
+    if unit.evaluated is None or not unit.compares:
+        return None
+    held = Evaluated(unit.dedup.run)
+    for _ in _blocks(unit.evaluated, tokenizer, lambda _, documents: held.collect(documents)):
+        pass
+    return Deduplication(unit.dedup, held)
+
+
+def _all_of_them(domain: str, documents: Iterable[list[int]]) -> Iterator[list[int]]:
+    return iter(documents)
 
 
 def read_blocks(path: Path, start: int = 0, stop: int | None = None) -> list[Block]:
@@ -121,7 +158,7 @@ def data_digest(config: CorpusConfig) -> str:
     return text_digest(content)
 
 
-def _blocks(config: CorpusConfig, tokenizer: Any) -> Iterator[Block]:
+def _blocks(config: CorpusConfig, tokenizer: Any, through: Through) -> Iterator[Block]:
     budgets = split_budget(config.tokens, [source.weight for source in config.sources])
     for source, budget in zip(config.sources, budgets, strict=True):
         by_domain = documents(source, config.seed)
@@ -132,24 +169,30 @@ def _blocks(config: CorpusConfig, tokenizer: Any) -> Iterator[Block]:
                     f"{config.tokens} tokens leave {share} for domain {domain!r}",
                     "raise `tokens` of this section, or the weight of the source",
                 )
-            found = list(_domain_blocks(config, domain, texts, tokenizer, share))
+            used = through(domain, _encoded(texts, tokenizer))
+            found = list(_domain_blocks(config, domain, used, tokenizer, share))
             if not found:
                 raise no_tokens(domain, source)
             yield from found
 
 
-def _domain_blocks(
-    config: CorpusConfig, domain: str, texts: Iterator[str], tokenizer: Any, budget: int
-) -> Iterator[Block]:
+def _encoded(texts: Iterator[str], tokenizer: Any) -> Iterator[list[int]]:
     # Tokenizers put their own special tokens on every document, so blank ones are told by text.
-    encoded: Iterator[list[int]] = (
-        tokenizer(text, verbose=False).input_ids for text in texts if text.strip()
-    )
+    return (tokenizer(text, verbose=False).input_ids for text in texts if text.strip())
+
+
+def _domain_blocks(
+    config: CorpusConfig,
+    domain: str,
+    documents: Iterator[list[int]],
+    tokenizer: Any,
+    budget: int,
+) -> Iterator[Block]:
     if config.layout == "padded":
-        return padded(domain, encoded, config.sequence_length, budget)
+        return padded(domain, documents, config.sequence_length, budget)
     end = tokenizer.eos_token_id
     separator = [] if end is None else [int(end)]
-    return packed(domain, encoded, config.sequence_length, budget, separator)
+    return packed(domain, documents, config.sequence_length, budget, separator)
 
 
 def load_tokenizer(folder: Path) -> Any:

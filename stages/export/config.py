@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
 
 from stages.settings import Settings
 
@@ -16,7 +18,19 @@ class ExportConfig(Settings):
     # mapped: the router keeps its E rows (the paper's semantics); K may differ per layer.
     # expanded: every slot filled with its group's expert; saves nothing, opens anywhere.
     format: Literal["native", "mapped", "expanded"] = "native"
-    # native only: a group's router row is its representative's, or the mean of its members'.
-    router: Literal["representative", "mean"] = "representative"
+    # native only; mapped and expanded keep all rows. A group's router row is its representative's,
+    # the mean of its members', fitted to the log-sum-exp of their logits (needs calibrate.sample),
+    # or drawn anew (UNCURL; useless without training).
+    router: Literal["representative", "mean", "least_squares", "reinit"] = "representative"
+    # Of reinit.
+    router_seed: int = Field(default=0, ge=0)
     # mapped only: up to this size, logits are compared with those of the expanded model.
     compare_limit_bytes: int = 8 << 30
+
+    @model_validator(mode="after")
+    def _rows_are_cut(self) -> Self:
+        if self.format != "native" and self.router != "representative":
+            raise ValueError(
+                f"router={self.router} needs format=native: {self.format} keeps the router as it is"
+            )
+        return self

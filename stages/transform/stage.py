@@ -23,11 +23,13 @@ from models.routing import route
 from stages.align.config import VERSION as ALIGN_VERSION
 from stages.align.config import AlignConfig
 from stages.align.matching import align, squared_distance
+from stages.align.sample import Seen, watched
 from stages.errors import StatisticsError
 from stages.export.config import VERSION as EXPORT_VERSION
 from stages.export.config import ExportConfig
 from stages.export.formats import FORMATS
 from stages.export.layout import FileLayout
+from stages.export.router import settled_routers
 from stages.group.decision import LayerDecision
 from stages.inputs.read import LayerInputs
 from stages.merge.config import VERSION as MERGE_VERSION
@@ -87,6 +89,24 @@ class TransformUnit(OneFile):
         } | self._reduction
 
     @property
+    def merges(self) -> bool:
+        """Whether a group of this layer has several members."""
+        decision = self.decision
+        return decision is not None and any(len(each) > 1 for each in decision.members)
+
+    @property
+    def reads_sample(self) -> bool:
+        """Whether merging itself looks at the layer's sample: alignment, or the router's rows."""
+        return self.merges and (self.align.watches or self.export.router == "least_squares")
+
+    @property
+    def _sample(self) -> Fingerprint:
+        """What merging by the sample depends on beside the rest."""
+        if not self.reads_sample:
+            return {}
+        return {"sample": [self.inputs and self.inputs[1], self.task and dict(self.task)]}
+
+    @property
     def needs_inputs(self) -> bool:
         """Whether narrowing or a refit is to be done in this layer."""
         decision = self.decision
@@ -99,8 +119,8 @@ class TransformUnit(OneFile):
     def _reduction(self) -> Fingerprint:
         """What a narrowed or refitted layer depends on beside the rest."""
         if not self.needs_inputs or self.decision is None:
-            return {}
-        return {
+            return self._sample
+        return self._sample | {
             "reduction": {
                 "code": f"narrow-{NARROW_VERSION} refit-{REFIT_VERSION}",
                 "width": self.decision.width,
@@ -175,19 +195,33 @@ def run_one(unit: TransformUnit) -> dict[str, Any]:
     tensors = {form.dense_name(unit.moe, name): tensor for name, tensor in dense.items()}
     result: dict[str, Any] = {"tensors": len(tensors)}
     if unit.decision is not None:
-        merged, distances = merge_groups(unit.moe, unit.decision, unit.align, unit.merge)
-        routers = unit.moe.checkpoint.read(unit.moe.router_names(unit.decision.layer))
+        merged, routers, facts = merge_layer(unit, unit.decision)
         if unit.needs_inputs:
             reduction = reduce_layer(unit, unit.decision, merged, routers)
             merged = reduction.experts
             result |= reduction.facts
         tensors |= form.layer_tensors(unit.moe, unit.decision, merged, routers, unit.export)
-        result |= {"experts": len(merged)} | distances
+        result |= {"experts": len(merged)} | facts
     _refuse_non_finite(unit, tensors)
     with staged(unit.output) as path:
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         save_file(contiguous, path, metadata={"format": "pt"})
     return result | {"tensors": len(tensors), "bytes": unit.output.stat().st_size}
+
+
+def merge_layer(
+    unit: TransformUnit, decision: LayerDecision
+) -> tuple[list[Expert], dict[str, Tensor], dict[str, Any]]:
+    """Merged experts, the router's tensors with the rows that groups get, and facts of both."""
+    task = None if unit.task is None else dict(unit.task)
+    inputs = LayerInputs.read(unit.inputs[0]) if unit.reads_sample and unit.inputs else None
+    seen = None
+    if inputs is not None and unit.align.watches:
+        seen = watched(unit.moe, inputs, unit.align, task)
+    merged, distances = merge_groups(unit.moe, decision, unit.align, unit.merge, seen)
+    routers = unit.moe.checkpoint.read(unit.moe.router_names(decision.layer))
+    routers, facts = settled_routers(unit.export, unit.moe, decision, routers, inputs, task)
+    return merged, routers, distances | facts
 
 
 def reduce_layer(
@@ -232,7 +266,7 @@ def _routing(
     """ids [N, k] among the kept experts and gates [N, k], as the output's router will choose."""
     form = FORMATS[unit.export.format]
     fewer = len(merged) < unit.moe.num_experts
-    if fewer and unit.export.format == "native":
+    if unit.export.format == "native" and (fewer or unit.export.router == "reinit"):
         tensors = form.layer_tensors(unit.moe, decision, merged, routers, unit.export)
         config = form.config_json(unit.moe, [decision])
         cut = {name: tensors[name] for name in routers}
@@ -242,23 +276,33 @@ def _routing(
 
 
 def merge_groups(
-    moe: MoeCheckpoint, decision: LayerDecision, align_config: AlignConfig, config: MergeConfig
+    moe: MoeCheckpoint,
+    decision: LayerDecision,
+    align_config: AlignConfig,
+    config: MergeConfig,
+    seen: Seen | None = None,
 ) -> tuple[list[Expert], dict[str, float]]:
     """One expert per group, and the squared distances to the representatives.
 
     Only the members of one group are held beside the results.
+
+    Args:
+        seen: what an expert's neurons do on sampled tokens; needed where weights do not decide.
     """
     merged: list[Expert] = []
     before = after = 0.0
     for representative, members in zip(decision.representatives, decision.members, strict=True):
         experts = dict(zip(members, moe.read_experts(decision.layer, list(members)), strict=True))
         reference = experts[representative]
+        watched = None if seen is None or len(members) == 1 else seen(reference)
         for expert in members:
             if expert == representative:
                 continue
             before += squared_distance(reference, experts[expert])
             if align_config.enabled:
-                experts[expert] = align(reference, experts[expert], align_config.by)
+                target = experts[expert]
+                both = None if seen is None or watched is None else (watched, seen(target))
+                experts[expert] = align(reference, target, align_config.by, both)
             after += squared_distance(reference, experts[expert])
         uniform = config.weights == "uniform"
         weights = [1.0 if uniform else decision.weight[expert] for expert in members]

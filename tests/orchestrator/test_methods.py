@@ -15,7 +15,7 @@ from orchestrator.load import load
 from orchestrator.needs import attached
 from orchestrator.preflight import Prepared, prepare
 from orchestrator.run import run
-from orchestrator.run_folder import MAIN
+from orchestrator.run_folder import MAIN, RunFolder
 from stages.calibrate.statistics import read_statistics
 from stages.export.layout import sizes
 from stages.group.decision import from_table
@@ -95,6 +95,34 @@ def test_a_run_writes_what_the_method_decided(
             assert layer[representative] == max(layer[list(members)])
 
 
+SAMPLED: dict[str, dict[str, Any]] = {
+    "align-activations": {"align": {"by": "activations"}},
+    "align-both": {"align": {"by": "both"}},
+    "router-least-squares": {"export": {"router": "least_squares"}},
+    "router-reinit": {"export": {"router": "reinit"}},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SAMPLED)
+def test_a_run_merges_by_its_sample_and_continues(
+    finished: Inputs, tmp_path: Path, name: str
+) -> None:
+    """On the sample that an earlier run took; a second call finds every layer done."""
+    group = {"method": "mc_smoe"}
+    job = again(finished, tmp_path, group=group, **SAMPLED[name])
+    run(job)
+    layers = [path.read_bytes() for path in sorted(job.folder.layers(MAIN).glob("*.safetensors"))]
+    plain = sorted(RunFolder(finished.run_dir).layers(MAIN).glob("*.safetensors"))
+
+    run(prepare(job.config))
+
+    again_made = sorted(job.folder.layers(MAIN).glob("*.safetensors"))
+    assert [path.read_bytes() for path in again_made] == layers
+    assert len(plain) == len(layers)
+    assert [path.read_bytes() for path in plain] != layers
+
+
 OFF = "calibrate.sample=null"
 REFUSALS: dict[str, tuple[tuple[str, ...], list[str]]] = {
     "a method without its sample": (
@@ -117,7 +145,22 @@ REFUSALS: dict[str, tuple[tuple[str, ...], list[str]]] = {
         ("group={method: ream, group_size: 1}",),
         ["4 groups of 1 cannot hold 8 experts", "2 or more"],
     ),
-    "a criterion that is not wired": (("align.by=both",), ["align.by=both", "align.by=weights"]),
+    "alignment without its sample": (
+        ("align.by=both", OFF),
+        ["align.by=both needs a sample of what enters the layers", "align.by=weights"],
+    ),
+    "a router without its sample": (
+        ("export.router=least_squares", OFF),
+        ["export.router=least_squares needs a sample", "export.router=mean"],
+    ),
+    "a router that the format keeps": (
+        ("export={format: mapped, router: mean}",),
+        ["router=mean needs format=native: mapped keeps the router as it is"],
+    ),
+    "a refit without its sample": (
+        ("refit.enabled=true", OFF),
+        ["refit.enabled=true needs a sample", "refit.enabled=auto"],
+    ),
 }
 
 

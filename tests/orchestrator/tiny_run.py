@@ -144,7 +144,7 @@ def write_inputs(root: Path) -> Inputs:
         pad_token_id=0,
     )
     MixtralForCausalLM(config).save_pretrained(inputs.model)
-    _tokenizer().save_pretrained(inputs.model)
+    save_tokenizer(inputs.model)
     write_jsonl(inputs.text, [{"text": " ".join(WORDS[i:] + WORDS[:i])} for i in range(60)])
     return inputs
 
@@ -189,6 +189,11 @@ def private_cache(folder: Path, inputs: Inputs) -> Iterator[Inputs]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
         yield inputs
+
+
+def save_tokenizer(folder: Path) -> None:
+    """The tokenizer of the tiny model: one token per word, 1 ends a text."""
+    _tokenizer().save_pretrained(folder)
 
 
 def _tokenizer() -> Any:

@@ -30,6 +30,10 @@ BUDGETS: dict[str, tuple[tuple[str, ...], list[str]]] = {
         ("group.budget={target_bytes: 1000}",),
         ["target_bytes is 1,000; the smallest", "2 of 8 experts", "takes 69,848 bytes"],
     ),
+    "bytes for not one neuron": (
+        ("group={method: coalesce, budget: {target_bytes: 1000}}",),
+        ["the budget leaves 0 of 16 neurons per expert", "all else takes 50,952 bytes"],
+    ),
     "global scope, native format": (("group.scope=global",), ["group.scope=uniform", "mapped"]),
     "pruning, mapped format": (
         ("group={method: frequency}", "export.format=mapped"),

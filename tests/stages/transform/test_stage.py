@@ -206,6 +206,23 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path, value: float) ->
     assert not units[1].output.exists()
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_member_that_is_not_finite_is_matched_somehow_and_refused(
+    tmp_path: Path, value: float
+) -> None:
+    """Matching must end, whatever it is given; what comes of it is not written."""
+    folder = save_tiny(tmp_path / "model", "mixtral")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.block_sparse_moe.experts.3.w1.weight"][2, 5] = value
+    save_file(tensors, folder / "model.safetensors")
+    moe = MoeCheckpoint.open(folder)
+    unit = transform_units(moe, merging(moe), tmp_path, ExportConfig())[0]
+
+    with pytest.raises(CheckpointError, match=r"experts\.0\.w1\.weight holds values"):
+        run_one(unit)
+    assert not unit.output.exists()
+
+
 def test_the_fingerprint_follows_decision_and_config(
     mixtral: MoeCheckpoint, tmp_path: Path
 ) -> None:

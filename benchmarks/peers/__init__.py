@@ -1,0 +1,1 @@
+"""Comparison with public implementations, which run as programs of their own; see README.md."""
