@@ -14,7 +14,7 @@ import yaml
 
 from models.arrow import read_table, write_table
 from models.atomic import file_digest, write_bytes, write_json
-from orchestrator import engine, estimate, pipeline, run_folder, samples, shared
+from orchestrator import chain, engine, estimate, pipeline, run_folder, samples, shared
 from orchestrator.events import EventLog, Listener
 from orchestrator.interrupt import heeding_signals
 from orchestrator.lock import exclusive
@@ -216,14 +216,33 @@ def _write_models(prepared: Prepared, scheduler: Scheduler, decided: Sequence[De
         pipeline.transform_units(prepared, each.variant, each.decisions, each.layouts)
         for each in needed
     ]
-    layers = [unit for units in plans for unit in units]
-    scheduler.run("transform", layers, transform.run_one, estimate.transform(prepared))
+    plans = _transform(prepared, scheduler, needed, plans)
     exports = [
         pipeline.export_unit(prepared, each.variant, each.decisions, each.layouts, units)
         for each, units in zip(needed, plans, strict=True)
     ]
     memory = estimate.export(prepared, decided[0].layouts)
     scheduler.run("export", exports, export.run_one, memory)
+
+
+def _transform(
+    prepared: Prepared,
+    scheduler: Scheduler,
+    needed: Sequence[Decided],
+    plans: Sequence[list[transform.TransformUnit]],
+) -> list[list[transform.TransformUnit]]:
+    """Writes all layer files; the units with what they were fitted to."""
+    main, units = needed[0], plans[0]
+    found = chain.chain_of(prepared, main.variant, main.decisions, units)
+    if found is None:
+        layers = [unit for units in plans for unit in units]
+        scheduler.run("transform", layers, transform.run_one, estimate.transform(prepared))
+        return list(plans)
+    free = [unit for unit in units if unit.layer not in found.units]
+    others = [unit for units in plans[1:] for unit in units]
+    fitted = chain.run_chain(found, scheduler.run, [*free, *others])
+    whole = [unit if unit.layer not in found.units else fitted[unit.layer] for unit in units]
+    return [whole, *plans[1:]]
 
 
 def _measured_already(prepared: Prepared, decided: Decided) -> bool:
