@@ -109,6 +109,28 @@ class Chain:
         return [replace(self.units[n], carried=(paths, digest)) for n in block.layers]
 
 
+def written(
+    run: Prepared,
+    variant: Variant,
+    decisions: Sequence[LayerDecision],
+    units: Sequence[TransformUnit],
+    schedule: Schedule,
+    others: Sequence[TransformUnit] = (),
+) -> list[TransformUnit]:
+    """Writes all layer files of a variant, and `others` beside them.
+
+    Returns:
+        the variant's units, with what their layers were fitted to.
+    """
+    chain = chain_of(run, variant, decisions, units)
+    if chain is None:
+        schedule("transform", [*units, *others], transform.run_one, estimate.transform(run))
+        return list(units)
+    free = [unit for unit in units if unit.layer not in chain.units]
+    fitted = run_chain(chain, schedule, [*free, *others])
+    return [fitted.get(unit.layer, unit) if unit.layer is not None else unit for unit in units]
+
+
 def chain_of(
     run: Prepared,
     variant: Variant,

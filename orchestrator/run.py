@@ -44,7 +44,6 @@ from stages.group.task import task_layers
 from stages.inputs import stage as inputs
 from stages.merge.weights import with_weights
 from stages.subsample import stage as subsample
-from stages.transform import stage as transform
 from stages.unit import beside, read_marker
 from stages.verify import stage as verify
 
@@ -216,33 +215,15 @@ def _write_models(prepared: Prepared, scheduler: Scheduler, decided: Sequence[De
         pipeline.transform_units(prepared, each.variant, each.decisions, each.layouts)
         for each in needed
     ]
-    plans = _transform(prepared, scheduler, needed, plans)
+    main, others = needed[0], [unit for units in plans[1:] for unit in units]
+    variant, decisions = main.variant, main.decisions
+    plans[0] = chain.written(prepared, variant, decisions, plans[0], scheduler.run, others)
     exports = [
         pipeline.export_unit(prepared, each.variant, each.decisions, each.layouts, units)
         for each, units in zip(needed, plans, strict=True)
     ]
     memory = estimate.export(prepared, decided[0].layouts)
     scheduler.run("export", exports, export.run_one, memory)
-
-
-def _transform(
-    prepared: Prepared,
-    scheduler: Scheduler,
-    needed: Sequence[Decided],
-    plans: Sequence[list[transform.TransformUnit]],
-) -> list[list[transform.TransformUnit]]:
-    """Writes all layer files; the units with what they were fitted to."""
-    main, units = needed[0], plans[0]
-    found = chain.chain_of(prepared, main.variant, main.decisions, units)
-    if found is None:
-        layers = [unit for units in plans for unit in units]
-        scheduler.run("transform", layers, transform.run_one, estimate.transform(prepared))
-        return list(plans)
-    free = [unit for unit in units if unit.layer not in found.units]
-    others = [unit for units in plans[1:] for unit in units]
-    fitted = chain.run_chain(found, scheduler.run, [*free, *others])
-    whole = [unit if unit.layer not in found.units else fitted[unit.layer] for unit in units]
-    return [whole, *plans[1:]]
 
 
 def _measured_already(prepared: Prepared, decided: Decided) -> bool:
