@@ -163,12 +163,12 @@ def run_chain(
         for block in _to_carry(chain, open_blocks[0], done):
             earlier = done[: _layers_before(chain, block)]
             schedule("carry", chain.carries(block, earlier), carry.run_one, carries)
-            _keep_only(chain, block)
+            _free(chain, block)
     for block in open_blocks:
         units = chain.carries(block, done)
         if block is not open_blocks[0]:
             schedule("carry", units, carry.run_one, carries)
-            _keep_only(chain, block)
+            _free(chain, block)
         fitted = chain.transforms(block, units)
         schedule("transform", fitted, transform.run_one, transforms)
         done += fitted
@@ -203,11 +203,10 @@ def _layers_before(chain: Chain, block: LayerBlock) -> int:
     return sum(len(each.layers) for each in chain.blocks[: block.index])
 
 
-def _keep_only(chain: Chain, block: LayerBlock) -> None:
-    """Frees what was carried to other blocks: they are finished, or not begun."""
-    for folder in chain.folder.iterdir():
-        if folder.name != block.name:
-            shutil.rmtree(folder, ignore_errors=True)
+def _free(chain: Chain, block: LayerBlock) -> None:
+    """Removes what was carried to the blocks before one that has its own streams."""
+    for each in chain.blocks[: block.index]:
+        shutil.rmtree(chain.folder / each.name, ignore_errors=True)
 
 
 def _is_intact(unit: Unit) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from models.blocks import MoeBlock, find_block
 from models.moe import MoeCheckpoint
-from models.streaming.model import LayerCall, StreamedModel, argument_bytes, open_streamed
+from models.streaming.model import LayerCall, argument_bytes, open_streamed
 from stages.calibrate.streaming import KEPT_ARGUMENT_BYTES
 from stages.carry.blocks import LayerBlock
 from stages.carry.capture import Seen, capturing, factor

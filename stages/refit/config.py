@@ -54,6 +54,6 @@ class RefitConfig(Settings):
 
     @property
     def together(self) -> int | None:
-        """Layers that are refitted at once, behind all before them; None: every layer for itself."""
+        """Layers refitted at once, behind all before them; None: every layer for itself."""
         sizes = {"original": None, "blockwise": self.block_layers, "sequential": 1}
         return sizes[self.target]
