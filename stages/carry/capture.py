@@ -38,6 +38,7 @@ def capturing(found: MoeBlock, rows: Tensor, *, everywhere: bool) -> Iterator[li
     own, seen = found.experts.forward, list[Seen]()
 
     def forward(hidden: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
+        made: Tensor
         if everywhere:
             made = own(hidden, ids, gates)
         else:

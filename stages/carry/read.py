@@ -36,4 +36,5 @@ def carried(inputs: LayerInputs, parts: Sequence[Path]) -> tuple[LayerInputs, Te
     target = joined.pop("target")
     if len(target) != len(inputs):
         raise StatisticsError(f"{len(target)} tokens were carried, the sample has {len(inputs)}")
-    return replace(inputs, **joined), target
+    hidden, ids, gates = (joined[kind] for kind in ("hidden", "ids", "gates"))
+    return replace(inputs, hidden=hidden, ids=ids, gates=gates), target

@@ -37,7 +37,8 @@ class Text:
 
 def sampled_blocks(inputs: Path) -> Tensor:
     """[n] int64, ascending: blocks of the corpus with a token in a layer's sample."""
-    return torch.unique(_places(inputs)[0])
+    found: Tensor = torch.unique(_places(inputs)[0])
+    return found
 
 
 def edges(blocks: int, batch_size: int, parts: int) -> list[tuple[int, int]]:

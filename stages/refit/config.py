@@ -32,9 +32,9 @@ class RefitConfig(Settings):
 
     # auto: with methods that narrow experts. Baselines are never refitted.
     enabled: bool | Literal["auto"] = "auto"
-    # What a layer is fitted to (docs/reduction.md). original: its own outputs on its own inputs, all
-    # layers at once. sequential: the original residual stream, behind the reduced layers before it,
-    # layer after layer. blockwise: the same, several layers at once.
+    # What a layer is fitted to (docs/reduction.md). original: its own outputs on its own inputs, so
+    # that all layers run at once. sequential: the original residual stream, behind the reduced
+    # layers before it, layer after layer. blockwise: the same, several layers at once.
     target: Literal["original", "blockwise", "sequential"] = "original"
     # Refitted layers of a block, with target=blockwise.
     block_layers: int = Field(default=4, gt=0)
