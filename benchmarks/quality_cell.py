@@ -6,8 +6,9 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from benchmarks.quality_methods import METHODS, Cell
 from models.atomic import write_json
 from models.moe import MoeCheckpoint
 from orchestrator import pipeline
+from orchestrator.chain import written
 from orchestrator.load import validate
 from orchestrator.needs import attached
 from orchestrator.preflight import Prepared, Variant, prepare
@@ -36,7 +38,6 @@ from stages.group import stage as group
 from stages.group.decision import LayerDecision
 from stages.group.task import task_layers
 from stages.model import load_model
-from stages.transform import stage as transform
 from stages.unit import execute
 
 LENGTH = 256  # tokens per block
@@ -150,7 +151,7 @@ def _build(observed: Observed, cell: Cell, folder: Path) -> dict[str, Any]:
     recipe, base = METHODS[cell.method], observed.run
     update = {
         "group": cell.group(observed.seed),
-        "refit": {"enabled": cell.refit},
+        "refit": cell.refit_section,
         "run_dir": folder,
     }
     config = validate(base.config.model_dump(mode="json") | update)
@@ -159,17 +160,37 @@ def _build(observed: Observed, cell: Cell, folder: Path) -> dict[str, Any]:
     decisions = _decide(run, variant)
     layouts = file_layouts(run.moe, decisions, variant.export)
     units = pipeline.transform_units(run, variant, decisions, layouts)
-    refitted = 0
-    for unit in units:
-        if recipe.control and unit.decision is not None:
-            done = execute(unit, lambda each: write_random_layer(each, observed.seed))
-        else:
-            done = execute(unit, transform.run_one)
-        refitted += done.result.get("strength") is not None
+    here = _Here(observed.seed if recipe.control else None)
+    units = written(run, variant, decisions, units, here)
+    refitted = here.refitted
     (folder / "output").mkdir()
     assemble(pipeline.export_unit(run, variant, decisions, layouts, units), folder / "output")
     facts = {"format": recipe.format, "refitted_layers": refitted}
     return facts | _sizes(run, decisions, variant.export)
+
+
+class _Here:
+    """Runs units in this process and counts layers whose refit was made; see `chain.Schedule`."""
+
+    def __init__(self, control: int | None) -> None:
+        """`control`: the seed of random experts in place of the layers' own; None: their own."""
+        self._control = control
+        self.refitted = 0
+
+    def __call__(
+        self,
+        stage: str,
+        units: Sequence[Any],
+        run_one: Callable[[Any], dict[str, Any]],
+        memory_bytes: int,
+    ) -> None:
+        for unit in units:
+            seed = self._control
+            if seed is not None and stage == "transform" and unit.decision is not None:
+                done = execute(unit, partial(write_random_layer, seed=seed))
+            else:
+                done = execute(unit, run_one)
+            self.refitted += done.result.get("strength") is not None
 
 
 def _decide(run: Prepared, variant: Variant) -> list[LayerDecision]:

@@ -58,6 +58,11 @@ class Cell:
         words = f"{self.method} {self.keep} {'refit' if self.refit else 'plain'}"
         return "-".join(words.replace(":", "").split())
 
+    @property
+    def refit_section(self) -> dict[str, Any]:
+        """The refit section of a run's config: defaults, but for whether there is one."""
+        return {"enabled": self.refit}
+
     def group(self, seed: int) -> dict[str, Any]:
         """The group section of a run's config."""
         recipe = METHODS[self.method]

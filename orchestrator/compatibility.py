@@ -10,6 +10,7 @@ from orchestrator.config import RunConfig
 from orchestrator.errors import ConfigError
 from stages.corpus.stage import load_tokenizer, tokenizer_digest
 from stages.errors import DataError, StatisticsError
+from stages.unit import beside
 
 
 def check_seq2seq(config: RunConfig, model: Mapping[str, Any]) -> None:
@@ -32,6 +33,31 @@ def check_seq2seq(config: RunConfig, model: Mapping[str, Any]) -> None:
             f"executor.ranks_per_replica is {ranks}; {name}, an encoder-decoder, is calibrated"
             " whole in one process",
             "set executor.ranks_per_replica=1 and calibrate.engine=resident",
+        )
+
+
+def check_target(config: RunConfig, cannot: str | None, corpus: Path) -> None:
+    """Refuses to refit behind reduced layers what no layer can be run of alone, or without text.
+
+    Args:
+        cannot: why the model cannot be streamed; None: it can.
+        corpus: token blocks of the run whose statistics are used.
+
+    Raises:
+        ConfigError, StatisticsError: naming the target that does it.
+    """
+    target = f"refit.target={config.refit.target}"
+    if config.refit.together is None or not config.refit.applies(config.group.narrows):
+        return
+    if cannot is not None:
+        raise ConfigError(
+            f"{target} runs the model one layer at a time, and this one cannot be run so: {cannot}",
+            "set refit.target=original",
+        )
+    if config.calibrate.statistics is not None and not beside(corpus).exists():
+        raise StatisticsError(
+            f"{target} runs the model on the text that was observed, and there is no {corpus}",
+            "copy the whole run folder, or set refit.target=original",
         )
 
 

@@ -15,7 +15,16 @@ def peak_bytes(run: Prepared) -> int:
     config, moe = run.config.calibrate, run.moe
     sampled = samples.disk_bytes(config, moe, run.calibration_domains)
     scratch = engine.worker_count(run) * samples.scratch_bytes(config, moe)
-    return max(disk_bytes(run), sampled + max(scratch, hidden_bytes(run)))
+    return max(disk_bytes(run) + stream_bytes(run), sampled + max(scratch, hidden_bytes(run)))
+
+
+def stream_bytes(run: Prepared) -> int:
+    """Residual streams while layers are refitted behind reduced ones: two of the block before, two
+    of this one and one within it."""
+    refit = run.config.refit
+    if refit.together is None or not refit.applies(run.variants[0].method.narrows):
+        return 0
+    return 5 * estimate.stream_bytes(run)
 
 
 def hidden_bytes(run: Prepared) -> int:
@@ -54,7 +63,7 @@ def check_disk(run: Prepared) -> None:
     Raises:
         DiskFull: bytes needed and free.
     """
-    needed, free = disk_bytes(run), _free(run.folder.root)
+    needed, free = disk_bytes(run) + stream_bytes(run), _free(run.folder.root)
     if needed > free and not run.resumes:
         raise DiskFull(
             f"the run will write {needed:,} bytes to {run.folder.root}, {free:,} are free",

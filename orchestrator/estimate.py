@@ -86,8 +86,7 @@ def _alignment(run: Prepared) -> int:
 def _refit(run: Prepared) -> int:
     """Inputs and targets, experts in float32 with what their gradient steps take, and the Gram."""
     method, config, moe = run.config.group, run.config.refit, run.moe
-    wanted = method.narrows if config.enabled == "auto" else config.enabled
-    if not wanted and not method.narrows:
+    if not config.applies(method.narrows) and not method.narrows:
         return 0
     tokens = samples.sampled_tokens(run.config.calibrate, moe)
     each = [moe.meta_expert(layer) for layer in moe.layers]
@@ -96,6 +95,27 @@ def _refit(run: Prepared) -> int:
     joint = min(moe.num_experts * neurons, config.joint_limit)
     copies = 20 if config.polish.steps else 4  # with their gradients and moments
     return 28 * tokens * moe.hidden_size + copies * values + 32 * max(joint, neurons) ** 2
+
+
+def carry(run: Prepared) -> int:
+    """What is outside the layers, one layer as read and in float32, arguments, one batch, and a
+    part's share of the targets of one block."""
+    config, moe = run.config, run.moe
+    batch = config.calibrate.batch_size * config.calibrate.data.sequence_length
+    neurons = moe.meta_expert(moe.layers[0]).neurons
+    states = 4 * batch * (16 * moe.hidden_size + moe.top_k * (3 * neurons + moe.hidden_size))
+    together = config.refit.together or 0
+    kept = 16 * moe.hidden_size * samples.sampled_tokens(config.calibrate, moe) * together
+    return PROCESS_BYTES + _streamed_bytes(run, "float32") + states + kept
+
+
+def stream_bytes(run: Prepared) -> int:
+    """One residual stream of all sampled blocks of text, in float32; padding not counted.
+
+    Every block of text is taken for sampled, as nearly all are where the sample is a few tokens of
+    each.
+    """
+    return 4 * run.config.calibrate.data.tokens * run.moe.hidden_size
 
 
 def export(run: Prepared, layouts: Sequence[FileLayout]) -> int:

@@ -138,8 +138,8 @@ def transform_units(
 def refit_of(run: Prepared, variant: Variant) -> RefitConfig:
     """Whether this variant is refitted, and how; a baseline never is."""
     config = run.config.refit
-    wanted = variant.method.narrows if config.enabled == "auto" else config.enabled
-    return config.model_copy(update={"enabled": wanted and variant.name == MAIN})
+    wanted = config.applies(variant.method.narrows) and variant.name == MAIN
+    return config.model_copy(update={"enabled": wanted})
 
 
 def export_unit(

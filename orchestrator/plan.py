@@ -135,10 +135,25 @@ def _models(run: Prepared) -> list[Row]:
     variants, read = len(run.variants), run.moe.checkpoint.file_bytes * len(run.variants)
     main = expected_layouts(run.variants[0], run.moe)
     return [
+        *_carry(run),
         Row("transform", files, done, read, written, estimate.transform(run)),
         # Layer files become the output by hard links: nothing is written twice.
         Row("export", variants, exported, written, 0, estimate.export(run, main)),
     ]
+
+
+def _carry(run: Prepared) -> list[Row]:
+    """Text from block to block of layers: every layer is read once as it was, by each part of the
+    text, and once reduced."""
+    size = run.config.refit.together
+    if size is None or not run.config.refit.applies(run.variants[0].method.narrows):
+        return []
+    parts = run.config.calibrate.shards
+    blocks = -(-len(run.moe.layers) // size)
+    read = parts * (run.moe.checkpoint.nbytes * 2) + 2 * blocks * estimate.stream_bytes(run)
+    written = 2 * blocks * estimate.stream_bytes(run)
+    finished = len(list(run.folder.refit.glob("*/*.safetensors.json")))
+    return [Row("carry", parts * blocks, finished, read, written, estimate.carry(run))]
 
 
 def _evaluate(run: Prepared) -> list[Row]:

@@ -18,7 +18,12 @@ from models.moe import MoeCheckpoint
 from models.skeleton import check_dense_tensors
 from models.support import reasons
 from orchestrator import run_folder, samples
-from orchestrator.compatibility import check_same_tokenizer, check_seq2seq, check_tokenizer
+from orchestrator.compatibility import (
+    check_same_tokenizer,
+    check_seq2seq,
+    check_target,
+    check_tokenizer,
+)
 from orchestrator.config import ModelConfig, RunConfig
 from orchestrator.errors import ConfigError
 from orchestrator.needs import check_needs
@@ -83,6 +88,8 @@ def prepare(config: RunConfig) -> Prepared:
     if config.calibrate.statistics is not None:
         check_statistics(config.calibrate.statistics, moe, model, tokenizer)
         samples.layer_inputs(folder, config.calibrate, moe)
+    observed = samples.observed(folder, config.calibrate).calibration_tokens
+    check_target(config, not_streamed(moe), observed)
     check_needs(config, folder, moe, calibration_domains)
     found = _variants(config, moe)
     for variant in found:

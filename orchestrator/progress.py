@@ -20,7 +20,7 @@ from orchestrator.events import Event, Listener
 
 STAGES = (
     "verify", "corpus", "calibrate", "inputs", "subsample",
-    "group", "transform", "export", "evaluate", "report",
+    "group", "carry", "transform", "export", "evaluate", "report",
 )  # fmt: skip
 _LINE_EVERY_SECONDS = 10.0
 

@@ -14,7 +14,7 @@ import yaml
 
 from models.arrow import read_table, write_table
 from models.atomic import file_digest, write_bytes, write_json
-from orchestrator import engine, estimate, pipeline, run_folder, samples, shared
+from orchestrator import chain, engine, estimate, pipeline, run_folder, samples, shared
 from orchestrator.events import EventLog, Listener
 from orchestrator.interrupt import heeding_signals
 from orchestrator.lock import exclusive
@@ -44,7 +44,6 @@ from stages.group.task import task_layers
 from stages.inputs import stage as inputs
 from stages.merge.weights import with_weights
 from stages.subsample import stage as subsample
-from stages.transform import stage as transform
 from stages.unit import beside, read_marker
 from stages.verify import stage as verify
 
@@ -218,8 +217,9 @@ def _write_models(prepared: Prepared, scheduler: Scheduler, decided: Sequence[De
         pipeline.transform_units(prepared, each.variant, each.decisions, each.layouts)
         for each in needed
     ]
-    layers = [unit for units in plans for unit in units]
-    scheduler.run("transform", layers, transform.run_one, estimate.transform(prepared))
+    main, others = needed[0], [unit for units in plans[1:] for unit in units]
+    variant, decisions = main.variant, main.decisions
+    plans[0] = chain.written(prepared, variant, decisions, plans[0], scheduler.run, others)
     exports = [
         pipeline.export_unit(prepared, each.variant, each.decisions, each.layouts, units)
         for each, units in zip(needed, plans, strict=True)

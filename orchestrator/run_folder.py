@@ -74,6 +74,11 @@ class RunFolder:
         return self.root / "calibration" / "subsample"
 
     @property
+    def refit(self) -> Path:
+        """Streams and targets between blocks of layers, while they are refitted."""
+        return self.root / "refit"
+
+    @property
     def statistics(self) -> Path:
         """The sum over shards."""
         return self.root / "statistics.arrow"

@@ -152,7 +152,7 @@ class _Progress:
 
     def __init__(self, events: EventLog, stage: str, units: int) -> None:
         self._events, self._stage, self._units = events, stage, units
-        self._measure = "tokens" if stage in ("calibrate", "evaluate") else "bytes"
+        self._measure = "tokens" if stage in ("calibrate", "carry", "evaluate") else "bytes"
         self._done = self._fresh = self._amount = 0
         # Units that are found done only have their digests checked: no measure of the speed.
         self._begun = time.monotonic()

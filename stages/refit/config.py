@@ -32,6 +32,12 @@ class RefitConfig(Settings):
 
     # auto: with methods that narrow experts. Baselines are never refitted.
     enabled: bool | Literal["auto"] = "auto"
+    # What a layer is fitted to (docs/reduction.md). original: its own outputs on its own inputs, so
+    # that all layers run at once. sequential: the original residual stream, behind the reduced
+    # layers before it, layer after layer. blockwise: the same, several layers at once.
+    target: Literal["original", "blockwise", "sequential"] = "original"
+    # Refitted layers of a block, with target=blockwise.
+    block_layers: int = Field(default=4, gt=0)
     # Candidates for the ridge, in units of each expert's mean feature energy. The best on held-out
     # tokens is taken; if none of them beats leaving the weights alone, they are left alone.
     strengths: tuple[float, ...] = Field(default=(0.001, 0.01, 0.1, 1.0), min_length=1)
@@ -41,3 +47,13 @@ class RefitConfig(Settings):
     # are solved one after another until nothing moves. The Gram matrix takes 8 times its square.
     joint_limit: int = Field(default=8192, ge=0)
     polish: PolishConfig = PolishConfig()
+
+    def applies(self, narrows: bool) -> bool:
+        """Whether a method is refitted, which `narrows` experts or does not."""
+        return narrows if self.enabled == "auto" else self.enabled
+
+    @property
+    def together(self) -> int | None:
+        """Layers refitted at once, behind all before them; None: every layer for itself."""
+        sizes = {"original": None, "blockwise": self.block_layers, "sequential": 1}
+        return sizes[self.target]

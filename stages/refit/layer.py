@@ -58,12 +58,14 @@ def reduce_experts(
     routing: tuple[Tensor, Tensor],
     narrow_config: NarrowConfig,
     refit_config: RefitConfig,
+    target: Tensor | None = None,
 ) -> Reduction:
     """Narrows `experts` to `width` neurons, then refits their down projections together.
 
     Args:
         experts: those that are kept, as merged, in their stored type.
         routing: ids [N, k] among `experts` (negative: gone) and gates [N, k] on the sample.
+        target: [N, H] what the experts are to add up to; None: what the original ones do.
     """
     act, x = activation(moe.checkpoint.config), inputs.hidden.float()
     use = usage(*routing, len(experts))
@@ -75,7 +77,10 @@ def reduce_experts(
     shaping = [each.among(~judges) for each in use] if refit_config.enabled else use
     if width is not None and width < wide[0].neurons:
         rows = _narrow_all(found, rows, width, x, shaping, act, narrow_config)
-    target = target_of(moe, inputs) if refit_config.enabled else None
+    if not refit_config.enabled:
+        target = None
+    else:
+        target = target_of(moe, inputs) if target is None else target.double()
     if target is not None:
         own = target - _biases(wide, use, x)
         rows = _refit_all(found, rows, own, x, judges, use, act, refit_config)

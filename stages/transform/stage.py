@@ -24,6 +24,7 @@ from stages.align.config import VERSION as ALIGN_VERSION
 from stages.align.config import AlignConfig
 from stages.align.matching import align, squared_distance
 from stages.align.sample import Seen, watched
+from stages.carry.read import carried
 from stages.errors import StatisticsError
 from stages.export.config import VERSION as EXPORT_VERSION
 from stages.export.config import ExportConfig
@@ -63,6 +64,9 @@ class TransformUnit(OneFile):
     refit: RefitConfig = field(default_factory=lambda: RefitConfig(enabled=False))
     # Sample of what enters the layer, and its digest; None: there is none, and nothing is refitted.
     inputs: tuple[Path, str] | None = None
+    # What was carried to this layer, and a digest of all that it depends on; None: the layer is
+    # fitted to its own outputs on its own inputs.
+    carried: tuple[tuple[Path, ...], str] | None = None
     # Weights of domains in the sample; None: every token counts alike.
     task: tuple[tuple[str, float], ...] | None = None
 
@@ -116,6 +120,11 @@ class TransformUnit(OneFile):
         return decision.width is not None or (self.refit.enabled is True and fewer)
 
     @property
+    def refitted(self) -> bool:
+        """Whether down projections are to be solved again in this layer."""
+        return self.needs_inputs and self.refit.enabled is True
+
+    @property
     def _reduction(self) -> Fingerprint:
         """What a narrowed or refitted layer depends on beside the rest."""
         if not self.needs_inputs or self.decision is None:
@@ -127,6 +136,7 @@ class TransformUnit(OneFile):
                 "narrow": self.narrow.model_dump(mode="json"),
                 "refit": self.refit.model_dump(mode="json"),
                 "inputs": None if self.inputs is None else self.inputs[1],
+                "carried": None if self.carried is None else self.carried[1],
                 "task": None if self.task is None else dict(self.task),
             }
         }
@@ -242,17 +252,22 @@ def reduce_layer(
             "set calibrate.sample.tokens, or refit.enabled=false and a method that keeps the width",
         )
     inputs = LayerInputs.read(unit.inputs[0])
+    target = None
+    if unit.carried is not None:
+        inputs, target = carried(inputs, unit.carried[0])
     check_function(unit.moe, decision.layer, inputs.hidden[:_COMPARED])
     weights = None if unit.task is None else inputs.weights(dict(unit.task))
     if weights is not None:  # tokens of other domains count nothing
+        target = None if target is None else target[weights > 0]
         inputs, weights = inputs.only(weights > 0), weights[weights > 0]
     ids, gates = _routing(unit, decision, merged, routers, inputs)
     if weights is not None:
         # Squares over a token count w times if its gates, here and in the target, are scaled.
         scale = weights.sqrt()[:, None]
         inputs, gates = replace(inputs, gates=inputs.gates * scale), gates * scale
+        target = None if target is None else target * scale
     return reduce_experts(
-        unit.moe, merged, decision.width, inputs, (ids, gates), unit.narrow, unit.refit
+        unit.moe, merged, decision.width, inputs, (ids, gates), unit.narrow, unit.refit, target
     )
 
 

@@ -1,0 +1,1 @@
+"""Residual streams of the original and of the reduced model, carried from layer to layer."""
