@@ -8,13 +8,13 @@ from models.moe import MoeCheckpoint
 from orchestrator import samples
 from orchestrator.config import RunConfig
 from orchestrator.errors import ConfigError
+from orchestrator.predictions import sampled_sums
 from orchestrator.run_folder import RunFolder
 from stages.calibrate.statistics import LayerStatistics, read_statistics
 from stages.corpus.read import local_files
 from stages.group.config import AnyMethod, Need
-from stages.group.provide import provide, subsample_sums
+from stages.group.provide import provide
 from stages.group.task import check_task
-from stages.subsample.read import SubsampleStatistics
 
 
 def needs(config: RunConfig, method: AnyMethod) -> frozenset[Need]:
@@ -70,10 +70,7 @@ def attached(
     wanted = needs(config, method)
     found = {}
     if "subsample" in wanted:
-        found = {
-            layer: subsample_sums(SubsampleStatistics.read(path), config.group.task)
-            for layer, path in samples.subsamples(folder, config.calibrate, moe).items()
-        }
+        found = sampled_sums(config, config.group.task, folder, moe)
     return provide(wanted, statistics, moe, found)
 
 

@@ -19,6 +19,7 @@ from orchestrator.events import EventLog, Listener
 from orchestrator.interrupt import heeding_signals
 from orchestrator.lock import exclusive
 from orchestrator.needs import attached
+from orchestrator.predictions import predicted, sampled_sums
 from orchestrator.preflight import Prepared, Variant
 from orchestrator.report.card import render_card
 from orchestrator.report.collect import Collected, collect
@@ -163,18 +164,29 @@ def _sample(
         scheduler.run_model("subsample", tables, subsample.make_worker, memory)
 
 
-def _settle(path: Path, table: pa.Table) -> pa.Table:
-    """Writes a table that the driver made; an existing one must be the same, byte for byte."""
+def _settle(path: Path, table: pa.Table, free: Sequence[str] = ()) -> pa.Table:
+    """Writes a table that the driver made; an existing one must be the same, byte for byte.
+
+    Columns in `free` decide nothing: where they alone differ, the table is written anew.
+    """
     digest = beside(path)
     with suppress(FileNotFoundError, ValueError):
         if file_digest(path) == digest.read_text().strip().strip('"'):
             found = read_table(path)
             if found.equals(table, check_metadata=True):
                 return found
-            raise StatisticsError(f"{path} differs from what its inputs give", "use a new run_dir")
+            if not free or not _equal_but(free, found, table):
+                raise StatisticsError(
+                    f"{path} differs from what its inputs give", "use a new run_dir"
+                )
     write_table(path, table)
     write_json(digest, file_digest(path))
     return table
+
+
+def _equal_but(free: Sequence[str], found: pa.Table, table: pa.Table) -> bool:
+    known = [name for name in table.column_names if name not in free]
+    return bool(found.select(known).equals(table.select(known), check_metadata=True))
 
 
 def _decide(
@@ -205,7 +217,10 @@ def _decide_one(
         "experts_kept": str(sum(len(d.representatives) for d in decisions)),
         "model": prepared.model,
     }
-    _settle(prepared.folder.decision(variant.name), to_table(decisions, metadata))
+    sampled = sampled_sums(config, config.group.task, prepared.folder, moe)
+    errors = {layer: parts.tolist() for layer, parts in predicted(decisions, sampled).items()}
+    table = to_table(decisions, metadata, errors)
+    _settle(prepared.folder.decision(variant.name), table, free=["predicted_error"])
     return Decided(variant, decisions, file_layouts(prepared.moe, decisions, variant.export))
 
 
