@@ -8,6 +8,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from orchestrator.slurm.config import SlurmConfig
+from orchestrator.sweep.config import SweepConfig
 from stages.align.config import AlignConfig
 from stages.calibrate.config import CalibrateConfig
 from stages.evaluate.config import EvaluateConfig
@@ -91,6 +92,8 @@ class RunConfig(Settings):
     # None: nothing is measured, and the report says so.
     evaluate: EvaluateConfig | None = None
     executor: ExecutorConfig = ExecutorConfig()
+    # What `coalesce sweep` compares; runs do not read it.
+    sweep: SweepConfig = SweepConfig()
     # None: this run is not submitted to Slurm.
     slurm: SlurmConfig | None = None
 

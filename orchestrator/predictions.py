@@ -10,8 +10,9 @@ from orchestrator.config import RunConfig
 from orchestrator.run_folder import RunFolder
 from stages.calibrate.observer import Sums
 from stages.group.decision import LayerDecision
-from stages.group.predict import Array, expert_errors, output_energy
+from stages.group.predict import expert_errors, output_energy
 from stages.group.provide import subsample_sums
+from stages.subsample.columns import Array
 from stages.subsample.read import SubsampleStatistics
 
 

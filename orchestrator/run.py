@@ -15,6 +15,7 @@ import yaml
 from models.arrow import read_table, write_table
 from models.atomic import file_digest, write_bytes, write_json
 from orchestrator import engine, estimate, pipeline, run_folder, samples, shared
+from orchestrator.decide import decide
 from orchestrator.events import EventLog, Listener
 from orchestrator.interrupt import heeding_signals
 from orchestrator.lock import exclusive
@@ -26,7 +27,6 @@ from orchestrator.report.collect import Collected, collect
 from orchestrator.report.write import write_report
 from orchestrator.run_folder import MAIN, RunFolder
 from orchestrator.scheduler import Scheduler, open_executor
-from stages.align.reference import with_references
 from stages.calibrate import coverage
 from stages.calibrate import stage as calibrate
 from stages.calibrate.statistics import LayerStatistics, layers_of, read_statistics
@@ -36,14 +36,11 @@ from stages.errors import StatisticsError
 from stages.evaluate import stage as evaluate
 from stages.evaluate.stage import ORIGINAL
 from stages.export import stage as export
-from stages.export.formats import FORMATS
-from stages.export.layout import FileLayout, file_layouts, router_groups, sizes
-from stages.group import stage as group
+from stages.export.layout import FileLayout, file_layouts
 from stages.group.decision import LayerDecision, to_table
 from stages.group.super_experts import protected_lines
 from stages.group.task import task_layers
 from stages.inputs import stage as inputs
-from stages.merge.weights import with_weights
 from stages.subsample import stage as subsample
 from stages.transform import stage as transform
 from stages.unit import beside, read_marker
@@ -205,13 +202,9 @@ def _decide(
 def _decide_one(
     prepared: Prepared, variant: Variant, statistics: Sequence[LayerStatistics]
 ) -> Decided:
-    config, moe, form = prepared.config, prepared.moe, variant.export
+    config, moe = prepared.config, prepared.moe
     statistics = attached(config, variant.method, statistics, prepared.folder, moe)
-    groups = router_groups(moe, form)
-    decisions = group.decide(variant.method, statistics, sizes(moe, form), groups)
-    decisions = with_references(decisions, statistics, config.align)
-    decisions = with_weights(decisions, statistics, config.merge)
-    FORMATS[variant.export.format].check(prepared.moe, decisions)
+    decisions = decide(config, variant, statistics, moe)
     metadata = {
         "method": variant.method.model_dump_json(),
         "experts_kept": str(sum(len(d.representatives) for d in decisions)),

@@ -103,6 +103,11 @@ class RunFolder:
         """index.html, report.json, pictures."""
         return self.root / "report"
 
+    @property
+    def sweep(self) -> Path:
+        """Folder of the points that were built; sweep.json and pictures lie beside it."""
+        return self.root / "sweep"
+
     def variant(self, name: str) -> Path:
         """Folder of the compressed model or of a pruning baseline."""
         return self.root if name == MAIN else self.root / "baselines" / name
@@ -155,7 +160,7 @@ def settled(config: RunConfig) -> dict[str, Any]:
     # Whether sums are made from the sample changes neither the sample nor anything else.
     free_here: dict[str, Any] = {"engine": True, "memory_bytes": True, "backend": True}
     free_here |= {"min_tokens_per_expert": True, "sample": {"statistics"}}
-    free: dict[str, Any] = {"run_dir": True, "executor": True, "slurm": True}
+    free: dict[str, Any] = {"run_dir": True, "executor": True, "slurm": True, "sweep": True}
     free["calibrate"] = free_here
     values: dict[str, Any] = config.model_dump(mode="json", exclude=free)
     values["calibrate"] |= autoep(config)

@@ -91,7 +91,8 @@ def run_one(unit: ExportUnit) -> dict[str, Any]:
     """
     staging = unit.output.with_name(f".{unit.output.name}.{attempt()}.tmp")
     for stale in unit.output.parent.glob(f".{unit.output.name}.*.tmp"):
-        shutil.rmtree(stale)
+        if stale.is_dir():  # what is left of a marker, a file, matches as well
+            shutil.rmtree(stale)
     staging.mkdir(parents=True)
     try:
         assemble(unit, staging)

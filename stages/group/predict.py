@@ -71,7 +71,8 @@ def width_curve(subsample: Sums) -> Array:
     """[E, I + 1] float64: `width_errors` of every width from 0 to I."""
     ordered = np.sort(subsample["neuron_output"], axis=1)
     lost = np.concatenate([np.zeros((len(ordered), 1)), ordered.cumsum(axis=1)], axis=1)
-    return lost[:, ::-1]
+    reversed_: Array = np.ascontiguousarray(lost[:, ::-1])
+    return reversed_
 
 
 def group_errors(subsample: Sums, members: list[int], weights: Array) -> Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pyarrow as pa
 import pytest
 import torch
 
@@ -69,7 +70,7 @@ def test_predictions_that_became_possible_later_replace_none(
     empty = table.set_column(
         table.column_names.index("predicted_error"),
         table.schema.field("predicted_error"),
-        [[None] * table.num_rows],
+        pa.nulls(table.num_rows, pa.float64()),
     )
     path = tmp_path_factory.mktemp("settled") / "decision.arrow"
     _settle(path, empty)
