@@ -16,6 +16,7 @@ from stages.export.config import ExportConfig
 from stages.group.config import Coalesce, GroupConfig
 from stages.merge.config import MergeConfig
 from stages.narrow.config import NarrowConfig
+from stages.probe.config import ProbeConfig
 from stages.refit.config import RefitConfig
 from stages.settings import Settings
 
@@ -89,6 +90,8 @@ class RunConfig(Settings):
     narrow: NarrowConfig = NarrowConfig()
     refit: RefitConfig = RefitConfig()
     export: ExportConfig = ExportConfig()
+    # Read where group.divide=probe.
+    probe: ProbeConfig = ProbeConfig()
     # None: nothing is measured, and the report says so.
     evaluate: EvaluateConfig | None = None
     executor: ExecutorConfig = ExecutorConfig()

@@ -41,6 +41,7 @@ from stages.group.decision import LayerDecision, to_table
 from stages.group.super_experts import protected_lines
 from stages.group.task import task_layers
 from stages.inputs import stage as inputs
+from stages.probe import stage as probe
 from stages.subsample import stage as subsample
 from stages.transform import stage as transform
 from stages.unit import beside, read_marker
@@ -66,6 +67,7 @@ def run(prepared: Prepared, listeners: Sequence[Listener] = ()) -> Path:
     folder = prepared.folder
     with _started(prepared, listeners) as (events, scheduler):
         statistics = _observe(prepared, scheduler, events)
+        _probe(prepared, scheduler)
         decided = _decide(prepared, scheduler, statistics, events)
         _write_models(prepared, scheduler, decided)
         measured = _measure(prepared, scheduler, decided)
@@ -159,6 +161,12 @@ def _sample(
     if tables:
         memory = estimate.subsample(prepared)
         scheduler.run_model("subsample", tables, subsample.make_worker, memory)
+
+
+def _probe(prepared: Prepared, scheduler: Scheduler) -> None:
+    """What each size costs each layer alone, where the budget is divided by that."""
+    if units := pipeline.probe_units(prepared):
+        scheduler.run_model("probe", units, probe.make_worker, estimate.probe(prepared))
 
 
 def _settle(path: Path, table: pa.Table, free: Sequence[str] = ()) -> pa.Table:

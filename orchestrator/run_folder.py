@@ -74,6 +74,11 @@ class RunFolder:
         return self.root / "calibration" / "subsample"
 
     @property
+    def probe(self) -> Path:
+        """What each size costs each layer alone, one file per layer."""
+        return self.root / "probe"
+
+    @property
     def statistics(self) -> Path:
         """The sum over shards."""
         return self.root / "statistics.arrow"
@@ -162,6 +167,8 @@ def settled(config: RunConfig) -> dict[str, Any]:
     free_here |= {"min_tokens_per_expert": True, "sample": {"statistics"}}
     free: dict[str, Any] = {"run_dir": True, "executor": True, "slurm": True, "sweep": True}
     free["calibrate"] = free_here
+    if getattr(config.group, "divide", None) != "probe":
+        free["probe"] = True
     values: dict[str, Any] = config.model_dump(mode="json", exclude=free)
     values["calibrate"] |= autoep(config)
     return values | {"threads_per_unit": config.executor.threads_per_unit}

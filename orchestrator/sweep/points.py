@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from models.errors import UserError
+from orchestrator.curves import with_curves
 from orchestrator.decide import decide
 from orchestrator.needs import needs
 from orchestrator.predictions import predicted, sampled_sums
@@ -142,6 +143,7 @@ def _decided(
     export = run.config.export.model_copy(update={"format": form})
     variant = in_experts(Variant(MAIN, found.method, export), run.moe)
     expected_decisions(variant, run.moe)
+    statistics = with_curves(found.method, statistics, sampled, run.folder, run.moe)
     decisions = decide(run.config, variant, statistics, run.moe)
     layouts = file_layouts(run.moe, decisions, export)
     return replace(

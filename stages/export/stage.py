@@ -156,6 +156,8 @@ def _expectations(unit: ExportUnit) -> dict[str, Any]:
 def _plain_config(unit: ExportUnit) -> dict[str, Any] | None:
     """The config of a plain model with the same experts; None where the family has no such."""
     width, config = unit.decisions[0].width, unit.moe.checkpoint.config
+    if len({each.width for each in unit.decisions}) > 1:
+        return None
     if width is None:
         return config
     with suppress(CheckpointError):

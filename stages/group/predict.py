@@ -71,8 +71,13 @@ def width_curve(subsample: Sums) -> Array:
     """[E, I + 1] float64: `width_errors` of every width from 0 to I."""
     ordered = np.sort(subsample["neuron_output"], axis=1)
     lost = np.concatenate([np.zeros((len(ordered), 1)), ordered.cumsum(axis=1)], axis=1)
-    reversed_: Array = np.ascontiguousarray(lost[:, ::-1])
-    return reversed_
+    return lost[:, ::-1]
+
+
+def predicted_curve(subsample: Sums) -> dict[int, float]:
+    """Width -> `predicted_error` of giving it to every expert of the layer, for widths from 1."""
+    energy, lost = output_energy(subsample), width_curve(subsample).sum(axis=0)
+    return {w: float(lost[w] / energy) if energy > 0 else 0.0 for w in range(1, len(lost))}
 
 
 def group_errors(subsample: Sums, members: list[int], weights: Array) -> Array:
@@ -92,7 +97,7 @@ def group_errors(subsample: Sums, members: list[int], weights: Array) -> Array:
     away = (free * weights).sum(axis=1) - _spread(free, weights)
     products = (away[:, None] + away[None, :] - free) / 2
     scale = np.divide(both, free, out=np.zeros_like(both), where=free > 0)
-    return own + (scale * products).sum(axis=1)
+    return np.asarray(own + (scale * products).sum(axis=1))
 
 
 def _own(swap: Array, free: Array, weights: Array) -> Array:
