@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from models.expert import Expert
 from models.mapped.registration import register
 from models.moe import MoeCheckpoint
 from stages.export.config import ExportConfig
@@ -39,34 +42,25 @@ def test_layers_of_several_widths_open_and_do_what_they_do_in_memory(
     decisions = [replace(each, width=8 - 4 * (i == 0)) for i, each in enumerate(whole)]
     inputs = {layer: sample(moe, layer, tmp_path / f"inputs-{layer}") for layer in moe.layers}
 
-    output = compress(
-        moe, decisions, tmp_path / "out", ExportConfig(format="mapped"), inputs=inputs
-    )
+    export = ExportConfig(format="mapped")
+    opened = open_model(compress(moe, decisions, tmp_path / "out", export, inputs=inputs))
 
-    made = MoeCheckpoint.open  # the output has a type of its own: read it as tensors
-    assert made is not None
-    opened = open_model(output)
     assert opened.config.expert_width == {str(each.layer): each.width for each in decisions}
-    found = logits_of(opened, IDS)
-    model = open_model(moe.checkpoint.folder)
+    state, model = opened.state_dict(), open_model(moe.checkpoint.folder)
     before = logits_of(model, IDS)
-    storage = moe.family.memory_experts
-    assert storage is not None
-    state = opened.state_dict()
-    # (the same experts, padded, in the places of the original ones)
-    with torch.no_grad():
+    with ExitStack() as stack:
         for each in decisions:
-            prefix = moe.family.memory_prefix(each.layer)
-            names = {part: piece for part, piece in storage.pieces(0).items()}
-            experts = []
-            for index in range(moe.num_experts):
-                pieces = {
-                    part: state[prefix + tensor_name][index]
-                    for part, (tensor_name, _) in names.items()
-                }
-                experts.append(storage.unpack(pieces))
-            with in_place(model, moe, each.layer, experts):
-                changed = logits_of(model, IDS)
-                assert not changed.equal(before)
+            experts = [stored(moe, each.layer, index, state) for index in range(moe.num_experts)]
+            assert experts[0].neurons == each.width
+            stack.enter_context(in_place(model, moe, each.layer, experts))
+        torch.testing.assert_close(logits_of(model, IDS), logits_of(opened, IDS))
+        assert not logits_of(model, IDS).allclose(before)
     assert logits_of(model, IDS).equal(before)
-    assert found.isfinite().all()
+
+
+def stored(moe: MoeCheckpoint, layer: int, index: int, state: dict[str, Any]) -> Expert:
+    """An expert as the model in memory holds it."""
+    storage, prefix = moe.family.memory_experts, moe.family.memory_prefix(layer)
+    assert storage is not None
+    pieces = storage.pieces(index).items()
+    return storage.unpack({part: state[prefix + name][index] for part, (name, _) in pieces})
