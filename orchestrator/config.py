@@ -8,6 +8,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from orchestrator.slurm.config import SlurmConfig
+from orchestrator.sweep.config import SweepConfig
 from stages.align.config import AlignConfig
 from stages.calibrate.config import CalibrateConfig
 from stages.evaluate.config import EvaluateConfig
@@ -15,6 +16,7 @@ from stages.export.config import ExportConfig
 from stages.group.config import Coalesce, GroupConfig
 from stages.merge.config import MergeConfig
 from stages.narrow.config import NarrowConfig
+from stages.probe.config import ProbeConfig
 from stages.refit.config import RefitConfig
 from stages.settings import Settings
 
@@ -88,9 +90,13 @@ class RunConfig(Settings):
     narrow: NarrowConfig = NarrowConfig()
     refit: RefitConfig = RefitConfig()
     export: ExportConfig = ExportConfig()
+    # Read where group.divide=probe.
+    probe: ProbeConfig = ProbeConfig()
     # None: nothing is measured, and the report says so.
     evaluate: EvaluateConfig | None = None
     executor: ExecutorConfig = ExecutorConfig()
+    # What `coalesce sweep` compares; runs do not read it.
+    sweep: SweepConfig = SweepConfig()
     # None: this run is not submitted to Slurm.
     slurm: SlurmConfig | None = None
 

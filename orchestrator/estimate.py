@@ -118,6 +118,15 @@ def stream_bytes(run: Prepared) -> int:
     return 4 * run.config.calibrate.data.tokens * run.moe.hidden_size
 
 
+def probe(run: Prepared) -> int:
+    """The model, the logits of a batch, distributions of the probed text, and a reduced layer."""
+    config = run.config.calibrate
+    vocabulary = int(run.moe.checkpoint.config["vocab_size"])
+    logits = 4 * vocabulary * config.batch_size * config.data.sequence_length
+    kept = 4 * vocabulary * run.config.probe.positions
+    return transform(run) + _model_bytes(run, config.dtype) + 3 * logits + 3 * kept
+
+
 def export(run: Prepared, layouts: Sequence[FileLayout]) -> int:
     """The reload gate opens the whole output."""
     return PROCESS_BYTES + sum(each.tensor_bytes for each in layouts)

@@ -7,15 +7,16 @@ from collections.abc import Collection, Sequence
 from models.moe import MoeCheckpoint
 from orchestrator import samples
 from orchestrator.config import RunConfig
+from orchestrator.curves import with_curves
 from orchestrator.errors import ConfigError
+from orchestrator.predictions import sampled_sums
 from orchestrator.run_folder import RunFolder
 from stages.calibrate.statistics import LayerStatistics, read_statistics
 from stages.corpus.read import local_files
 from stages.export.router import check_router
-from stages.group.config import AnyMethod, Need
-from stages.group.provide import provide, subsample_sums
+from stages.group.config import AnyMethod, Coalesce, Need
+from stages.group.provide import provide
 from stages.group.task import check_task
-from stages.subsample.read import SubsampleStatistics
 
 
 def needs(config: RunConfig, method: AnyMethod) -> frozenset[Need]:
@@ -23,6 +24,8 @@ def needs(config: RunConfig, method: AnyMethod) -> frozenset[Need]:
     found: set[Need] = set(method.needs)
     if config.merge.weights == "alpha" and not method.prunes:
         found.add("subsample")
+    if isinstance(method, Coalesce) and method.divide != "uniform":
+        found.add("probe" if method.divide == "probe" else "subsample")
     if config.refit.enabled is True or _merges_by_sample(config, method):
         found.add("inputs")
     return frozenset(found)
@@ -48,7 +51,9 @@ def check_needs(
     """
     check_router(config.export, moe)
     if "subsample" in needs(config, config.group) and not _sampled(config, folder, moe):
-        why = config.group.method if "subsample" in config.group.needs else "merge.weights=alpha"
+        why: str = config.group.method if "subsample" in config.group.needs else ""
+        divided = isinstance(config.group, Coalesce) and config.group.divide == "predicted"
+        why = why or ("group.divide=predicted" if divided else "merge.weights=alpha")
         raise ConfigError(
             f"{why} needs the outputs of all experts on sampled tokens, and none are taken",
             "set calibrate.sample.tokens (4096) and calibrate.sample.statistics=true",
@@ -58,6 +63,14 @@ def check_needs(
         raise ConfigError(
             f"{what} needs a sample of what enters the layers, and none is taken",
             f"set calibrate.sample.tokens (16384), or {remedy}",
+        )
+    observing = samples.observed(folder, config.calibrate)
+    theirs = observing.root != folder.root and not observing.calibration_tokens.exists()
+    if theirs and "probe" in needs(config, config.group):
+        raise ConfigError(
+            f"group.divide=probe runs the model on calibration text, and"
+            f" {observing.calibration_tokens} is missing",
+            "copy it from the run that observed, or use group.divide=predicted",
         )
     _check_domains(config, domains)
 
@@ -84,11 +97,9 @@ def attached(
     wanted = needs(config, method)
     found = {}
     if "subsample" in wanted:
-        found = {
-            layer: subsample_sums(SubsampleStatistics.read(path), config.group.task)
-            for layer, path in samples.subsamples(folder, config.calibrate, moe).items()
-        }
-    return provide(wanted, statistics, moe, found)
+        found = sampled_sums(config, config.group.task, folder, moe)
+    provided = provide(wanted, statistics, moe, found)
+    return with_curves(method, provided, found, folder, moe)
 
 
 def _sampled(config: RunConfig, folder: RunFolder, moe: MoeCheckpoint) -> bool:

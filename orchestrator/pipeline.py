@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from cluster.executor import Replicas
 from models.atomic import text_digest
 from orchestrator import run_folder, samples
+from orchestrator.needs import needs
 from orchestrator.preflight import Prepared, Variant
 from orchestrator.run_folder import MAIN
 from stages.calibrate import stage as calibrate
@@ -23,10 +25,11 @@ from stages.corpus.stage import (
 )
 from stages.evaluate.stage import ORIGINAL, EvaluateUnit
 from stages.export.formats import FORMATS
-from stages.export.layout import FileLayout
+from stages.export.layout import FileLayout, file_layouts, placeholder
 from stages.export.stage import ExportUnit
 from stages.group.decision import LayerDecision
 from stages.inputs import stage as inputs
+from stages.probe import stage as probe
 from stages.refit.config import RefitConfig
 from stages.subsample import stage as subsample
 from stages.transform import stage as transform
@@ -133,6 +136,38 @@ def transform_units(
         task=variant.method.task,
         inputs={layer: (path, read_digests(beside(path))) for layer, path in sampled.items()},
     )
+
+
+def probe_units(run: Prepared) -> list[probe.ProbeUnit]:
+    """One unit per MoE layer where the main variant's budget is divided by measured damage."""
+    config, variant, moe = run.config, run.variants[0], run.moe
+    if "probe" not in needs(config, variant.method):
+        return []
+    neurons = moe.meta_expert(moe.layers[0]).neurons
+    widths = sorted({max(1, round(ratio * neurons)) for ratio in config.probe.ratios})
+    whole = placeholder(moe, dict.fromkeys(moe.layers, moe.num_experts))
+    sizes: dict[int, list[transform.TransformUnit]] = {}
+    for width in widths:
+        decisions = [replace(each, width=width) for each in whole]
+        layouts = file_layouts(moe, decisions, variant.export)
+        for unit in transform_units(run, variant, decisions, layouts):
+            if unit.layer is not None and unit.decision is not None:
+                sizes.setdefault(unit.layer, []).append(unit)
+    corpus = samples.observed(run.folder, config.calibrate).calibration_tokens
+    return [
+        probe.ProbeUnit(
+            moe=moe,
+            layer=layer,
+            sizes=tuple(units),
+            config=config.probe,
+            corpus=corpus,
+            corpus_digest=read_digests(beside(corpus)),
+            dtype=config.calibrate.dtype,
+            batch_size=config.calibrate.batch_size,
+            output=run.folder.probe / probe.file_name(layer),
+        )
+        for layer, units in sizes.items()
+    ]
 
 
 def refit_of(run: Prepared, variant: Variant) -> RefitConfig:

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from orchestrator import disk, engine, estimate, flops, pipeline, samples
 from orchestrator.estimate import human
+from orchestrator.needs import needs
 from orchestrator.preflight import Prepared, expected_decisions, expected_layouts
 from stages.transform.stage import file_name
 from stages.unit import Unit, beside, read_marker
@@ -31,7 +32,7 @@ class Row:
 def rows(run: Prepared) -> list[Row]:
     """One row per stage, in order."""
     observed = [_verify(run), _corpus(run), _calibrate(run), *_sample(run)]
-    return [*observed, *_models(run), *_evaluate(run)]
+    return [*observed, *_probe(run), *_models(run), *_evaluate(run)]
 
 
 def table(run: Prepared) -> Table:
@@ -121,6 +122,14 @@ def _sample(run: Prepared) -> list[Row]:
         done, peak = finished(run.folder.subsample, "arrow"), estimate.subsample(run)
         found.append(Row("subsample", layers, done, layers * size + experts, written, peak))
     return found
+
+
+def _probe(run: Prepared) -> list[Row]:
+    if "probe" not in needs(run.config, run.variants[0].method):
+        return []
+    layers, read = len(run.moe.layers), run.moe.checkpoint.nbytes
+    done = min(len(list(run.folder.probe.glob("*.arrow.json"))), layers)
+    return [Row("probe", layers, done, read, 0, estimate.probe(run))]
 
 
 def _models(run: Prepared) -> list[Row]:

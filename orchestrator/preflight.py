@@ -38,7 +38,7 @@ from stages.export.layout import FileLayout, file_layouts, placeholder, router_g
 from stages.group.budget import adaptive, total_experts, uniform
 from stages.group.config import METHODS, AnyMethod, Budget, Coalesce, Frequency, McSmoe, Reap
 from stages.group.decision import LayerDecision, from_labels
-from stages.group.width import kept_width
+from stages.group.width import kept_steps, kept_width, spread
 from stages.unit import beside
 from stages.verify.stage import identity
 
@@ -215,12 +215,8 @@ def expected_decisions(variant: Variant, moe: MoeCheckpoint) -> list[LayerDecisi
     if not merged:
         return placeholder(moe, dict.fromkeys(moe.layers, moe.num_experts))
     total = total_experts(method.budget, len(merged), moe.num_experts, sizes(moe, variant.export))
-    if method.uneven and variant.export.format == "native":
-        raise BudgetError(
-            "group.scope=global gives every layer its own number of experts, which the native"
-            " format cannot hold",
-            "use group.scope=uniform, or export.format=mapped",
-        )
+    if method.uneven:
+        _refuse_native("group.scope=global", "uniform", "number of experts", variant.export)
     kept = _spread_evenly(method, merged, total, moe.num_experts)
     groups = router_groups(moe, variant.export)
     for count in kept.values():
@@ -234,12 +230,26 @@ def expected_decisions(variant: Variant, moe: MoeCheckpoint) -> list[LayerDecisi
 
 
 def narrowed(moe: MoeCheckpoint, method: Coalesce, export: ExportConfig) -> list[LayerDecision]:
-    """All experts, of the width that the budget leaves."""
+    """All experts, of the width that the budget leaves; as even as can be, where it is divided."""
     found = sizes(moe, export).widths
     assert found is not None
     width = kept_width(method.budget, moe.num_experts, found, method.multiple)
+    layers = len(moe.layers)
+    widths = [width] * layers
+    if method.uneven:
+        _refuse_native(f"group.divide={method.divide}", "uniform", "width", export)
+        total = kept_steps(method.budget, moe.num_experts, found, method.multiple, layers)
+        widths = spread(total, layers, method.multiple)
     whole = placeholder(moe, dict.fromkeys(moe.layers, moe.num_experts))
-    return [replace(decision, width=width) for decision in whole]
+    return [replace(each, width=width) for each, width in zip(whole, widths, strict=True)]
+
+
+def _refuse_native(option: str, even: str, what: str, export: ExportConfig) -> None:
+    if export.format == "native":
+        raise BudgetError(
+            f"{option} gives every layer its own {what}, which the native format cannot hold",
+            f"use {option.partition('=')[0]}={even}, or export.format=mapped",
+        )
 
 
 def _spread_evenly(

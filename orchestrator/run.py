@@ -15,17 +15,18 @@ import yaml
 from models.arrow import read_table, write_table
 from models.atomic import file_digest, write_bytes, write_json
 from orchestrator import chain, engine, estimate, pipeline, run_folder, samples, shared
+from orchestrator.decide import decide
 from orchestrator.events import EventLog, Listener
 from orchestrator.interrupt import heeding_signals
 from orchestrator.lock import exclusive
 from orchestrator.needs import attached
+from orchestrator.predictions import predicted, sampled_sums
 from orchestrator.preflight import Prepared, Variant
 from orchestrator.report.card import render_card
 from orchestrator.report.collect import Collected, collect, found_cautions
 from orchestrator.report.write import write_report
 from orchestrator.run_folder import MAIN, RunFolder
 from orchestrator.scheduler import Scheduler, open_executor
-from stages.align.reference import with_references
 from stages.calibrate import coverage
 from stages.calibrate import stage as calibrate
 from stages.calibrate.statistics import LayerStatistics, layers_of, read_statistics
@@ -35,14 +36,12 @@ from stages.errors import StatisticsError
 from stages.evaluate import stage as evaluate
 from stages.evaluate.stage import ORIGINAL
 from stages.export import stage as export
-from stages.export.formats import FORMATS
-from stages.export.layout import FileLayout, file_layouts, router_groups, sizes
-from stages.group import stage as group
+from stages.export.layout import FileLayout, file_layouts
 from stages.group.decision import LayerDecision, to_table
 from stages.group.super_experts import protected_lines
 from stages.group.task import task_layers
 from stages.inputs import stage as inputs
-from stages.merge.weights import with_weights
+from stages.probe import stage as probe
 from stages.subsample import stage as subsample
 from stages.unit import beside, read_marker
 from stages.verify import stage as verify
@@ -67,6 +66,7 @@ def run(prepared: Prepared, listeners: Sequence[Listener] = ()) -> Path:
     folder = prepared.folder
     with _started(prepared, listeners) as (events, scheduler):
         statistics = _observe(prepared, scheduler, events)
+        _probe(prepared, scheduler)
         decided = _decide(prepared, scheduler, statistics, events)
         _write_models(prepared, scheduler, decided)
         measured = _measure(prepared, scheduler, decided)
@@ -164,18 +164,35 @@ def _sample(
         scheduler.run_model("subsample", tables, subsample.make_worker, memory)
 
 
-def _settle(path: Path, table: pa.Table) -> pa.Table:
-    """Writes a table that the driver made; an existing one must be the same, byte for byte."""
+def _probe(prepared: Prepared, scheduler: Scheduler) -> None:
+    """What each size costs each layer alone, where the budget is divided by that."""
+    if units := pipeline.probe_units(prepared):
+        scheduler.run_model("probe", units, probe.make_worker, estimate.probe(prepared))
+
+
+def _settle(path: Path, table: pa.Table, free: Sequence[str] = ()) -> pa.Table:
+    """Writes a table that the driver made; an existing one must be the same, byte for byte.
+
+    Columns in `free` decide nothing: where they alone differ, the table is written anew.
+    """
     digest = beside(path)
     with suppress(FileNotFoundError, ValueError):
         if file_digest(path) == digest.read_text().strip().strip('"'):
             found = read_table(path)
             if found.equals(table, check_metadata=True):
                 return found
-            raise StatisticsError(f"{path} differs from what its inputs give", "use a new run_dir")
+            if not free or not _equal_but(free, found, table):
+                raise StatisticsError(
+                    f"{path} differs from what its inputs give", "use a new run_dir"
+                )
     write_table(path, table)
     write_json(digest, file_digest(path))
     return table
+
+
+def _equal_but(free: Sequence[str], found: pa.Table, table: pa.Table) -> bool:
+    known = [name for name in table.column_names if name not in free]
+    return bool(found.select(known).equals(table.select(known), check_metadata=True))
 
 
 def _decide(
@@ -194,19 +211,18 @@ def _decide(
 def _decide_one(
     prepared: Prepared, variant: Variant, statistics: Sequence[LayerStatistics]
 ) -> Decided:
-    config, moe, form = prepared.config, prepared.moe, variant.export
+    config, moe = prepared.config, prepared.moe
     statistics = attached(config, variant.method, statistics, prepared.folder, moe)
-    groups = router_groups(moe, form)
-    decisions = group.decide(variant.method, statistics, sizes(moe, form), groups)
-    decisions = with_references(decisions, statistics, config.align)
-    decisions = with_weights(decisions, statistics, config.merge)
-    FORMATS[variant.export.format].check(prepared.moe, decisions)
+    decisions = decide(config, variant, statistics, moe)
     metadata = {
         "method": variant.method.model_dump_json(),
         "experts_kept": str(sum(len(d.representatives) for d in decisions)),
         "model": prepared.model,
     }
-    _settle(prepared.folder.decision(variant.name), to_table(decisions, metadata))
+    sampled = sampled_sums(config, config.group.task, prepared.folder, moe)
+    errors = {layer: parts.tolist() for layer, parts in predicted(decisions, sampled).items()}
+    table = to_table(decisions, metadata, errors)
+    _settle(prepared.folder.decision(variant.name), table, free=["predicted_error"])
     return Decided(variant, decisions, file_layouts(prepared.moe, decisions, variant.export))
 
 

@@ -79,6 +79,11 @@ class RunFolder:
         return self.root / "refit"
 
     @property
+    def probe(self) -> Path:
+        """What each size costs each layer alone, one file per layer."""
+        return self.root / "probe"
+
+    @property
     def statistics(self) -> Path:
         """The sum over shards."""
         return self.root / "statistics.arrow"
@@ -107,6 +112,11 @@ class RunFolder:
     def report(self) -> Path:
         """index.html, report.json, pictures."""
         return self.root / "report"
+
+    @property
+    def sweep(self) -> Path:
+        """Folder of the points that were built; sweep.json and pictures lie beside it."""
+        return self.root / "sweep"
 
     def variant(self, name: str) -> Path:
         """Folder of the compressed model or of a pruning baseline."""
@@ -160,8 +170,10 @@ def settled(config: RunConfig) -> dict[str, Any]:
     # Whether sums are made from the sample changes neither the sample nor anything else.
     free_here: dict[str, Any] = {"engine": True, "memory_bytes": True, "backend": True}
     free_here |= {"min_tokens_per_expert": True, "sample": {"statistics"}}
-    free: dict[str, Any] = {"run_dir": True, "executor": True, "slurm": True}
+    free: dict[str, Any] = {"run_dir": True, "executor": True, "slurm": True, "sweep": True}
     free["calibrate"] = free_here
+    if getattr(config.group, "divide", None) != "probe":
+        free["probe"] = True
     values: dict[str, Any] = config.model_dump(mode="json", exclude=free)
     values["calibrate"] |= autoep(config)
     return values | {"threads_per_unit": config.executor.threads_per_unit}

@@ -53,17 +53,19 @@ _FAULTS_SHOWN = 20
 class _MappedConfig:
     """Adds `experts_per_layer`: MoE layer index -> stored experts. The family's count stays E.
 
-    `expert_width`, if there is one, is the width of the routed experts alone; other modules keep
-    that of the family's own key.
+    `expert_width`, if there is one, is the width of the routed experts alone, of all layers or by
+    layer; other modules, and layers that it does not name, keep that of the family's own key.
     """
 
     experts_per_layer: dict[str, int] | None
-    expert_width: int | None
+    expert_width: int | dict[str, int] | None
 
     def __post_init__(self, **kwargs: object) -> None:
         # JSON has no integer keys; a config made in Python and one read from disk must be equal.
         if self.experts_per_layer is not None:
             self.experts_per_layer = {str(i): n for i, n in self.experts_per_layer.items()}
+        if isinstance(self.expert_width, dict):
+            self.expert_width = {str(i): n for i, n in self.expert_width.items()}
         super().__post_init__(**kwargs)  # type: ignore[misc]  # the family's config
 
 
@@ -164,15 +166,19 @@ def _mapped_block(block: Any, config: PreTrainedConfig, layer: int, kept: int) -
         wide = type(block)(config, **position)
     wide.experts = nn.Module()
     wide.to_empty(device=device)
-    wide.experts = _merged_experts(type(block.experts), config, kept)
+    width = config.expert_width
+    width = width.get(str(layer)) if isinstance(width, dict) else width
+    wide.experts = _merged_experts(type(block.experts), config, kept, width)
     wide.train(block.training)
     return wide
 
 
-def _merged_experts(family: type[nn.Module], config: PreTrainedConfig, kept: int) -> nn.Module:
+def _merged_experts(
+    family: type[nn.Module], config: PreTrainedConfig, kept: int, width: int | None
+) -> nn.Module:
     """The family's fused experts, [K, ...] instead of [E, ...], and the map."""
-    widths = _EXPERT_WIDTHS if config.expert_width else ()
-    with _expert_count(config, kept), _changed(config, widths, config.expert_width or 0):
+    widths = _EXPERT_WIDTHS if width else ()
+    with _expert_count(config, kept), _changed(config, widths, width or 0):
         experts = family(config)
     expert_map = torch.arange(_router_width(config)) % kept
     experts.register_buffer("expert_map", expert_map)  # int64 [E]
@@ -227,7 +233,10 @@ def _config_class(family: str, stem: str) -> type[PreTrainedConfig]:
     bases = (_MappedConfig, getattr(transformers, f"{stem}Config"))
     body = {
         "__module__": __name__,
-        "__annotations__": {"experts_per_layer": dict[str, int] | None, "expert_width": int | None},
+        "__annotations__": {
+            "experts_per_layer": dict[str, int] | None,
+            "expert_width": int | dict[str, int] | None,
+        },
         "experts_per_layer": None,
         "expert_width": None,
         "model_type": f"coalesce_{family}",

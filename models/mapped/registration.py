@@ -30,14 +30,17 @@ def families() -> dict[str, str]:
 
 
 def config_json(
-    base: dict[str, Any], experts_per_layer: dict[int, int], expert_width: int | None = None
+    base: dict[str, Any],
+    experts_per_layer: dict[int, int],
+    expert_width: int | dict[int, int] | None = None,
 ) -> dict[str, Any]:
     """The config.json of a mapped checkpoint.
 
     Args:
         base: the original model's config.json. Its number of experts stays: it is the router width.
         experts_per_layer: stored experts of every MoE layer; dense layers are absent.
-        expert_width: neurons of the routed experts, where they are fewer than the family's.
+        expert_width: neurons of the routed experts, where they are fewer than the family's; by
+            layer, where layers differ.
 
     Raises:
         UnknownFamily: the base model type has no mapped form.
@@ -47,6 +50,9 @@ def config_json(
         raise UnknownFamily(
             f"no mapped format for model type {family!r}", f"supported: {', '.join(families())}"
         )
+    width: Any = expert_width
+    if isinstance(expert_width, dict):
+        width = {str(layer): n for layer, n in sorted(expert_width.items())}
     config, model = (f"Coalesce{families()[family]}{kind}" for kind in ("Config", "ForCausalLM"))
     module = modeling_source().stem
     return base | {
@@ -57,7 +63,7 @@ def config_json(
             "AutoModelForCausalLM": f"{module}.{model}",
         },
         "experts_per_layer": {str(layer): n for layer, n in sorted(experts_per_layer.items())},
-        **({} if expert_width is None else {"expert_width": expert_width}),
+        **({} if expert_width is None else {"expert_width": width}),
     }
 
 

@@ -24,36 +24,37 @@ from orchestrator.run_folder import MAIN
 
 def run_command(config: RunConfig, *, quiet: bool) -> None:
     """Plan, run, and where to find the result."""
-    console, prepared = _console(), prepare(config)
-    folder = _supervised(prepared, console, run, quiet=quiet)
-    _print_result(console, prepared)
+    shown, prepared = console(), prepare(config)
+    folder = supervised(prepared, shown, run, quiet=quiet)
+    _print_result(shown, prepared)
     print(f"checkpoint: {prepared.folder.output(MAIN)}")
     print(f"report: {folder / 'index.html'}")
 
 
 def calibrate_command(config: RunConfig, *, quiet: bool) -> None:
     """Plan, observe, and where the statistics are."""
-    path = _supervised(prepare(config), _console(), observe, quiet=quiet)
+    path = supervised(prepare(config), console(), observe, quiet=quiet)
     print(f"statistics: {path}")
 
 
-def _console() -> Console:
+def console() -> Console:
+    """As wide as the terminal, or 140 columns."""
     return Console() if sys.stdout.isatty() else Console(width=140)
 
 
-def _supervised(
+def supervised(
     prepared: Prepared,
-    console: Console,
+    shown: Console,
     work: Callable[[Prepared, Sequence[Listener]], Path],
     *,
     quiet: bool,
 ) -> Path:
     """Shows plan and progress; a failure is written to the events before it is reported."""
     if not quiet:
-        console.print(table(prepared))
+        shown.print(table(prepared))
     try:
         with reporting_full_disk(prepared.folder.root), ExitStack() as stack:
-            listeners = [] if quiet else [stack.enter_context(progress.listener(console))]
+            listeners = [] if quiet else [stack.enter_context(progress.listener(shown))]
             return work(prepared, listeners)
     except BaseException as error:
         _record_failure(prepared, error)

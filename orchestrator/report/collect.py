@@ -13,8 +13,8 @@ import pyarrow as pa
 from orchestrator import flops
 from orchestrator.events import read_events
 from orchestrator.preflight import Prepared
-from orchestrator.report.history import history
 from orchestrator.report.cautions import cautions, overlaps
+from orchestrator.report.history import history
 from orchestrator.run_folder import MAIN, versions
 from stages.calibrate import coverage
 from stages.calibrate.statistics import domain_sums
@@ -122,6 +122,12 @@ def _sizes(found: Collected) -> dict[str, Any]:
     }
 
 
+def _width(decisions: Sequence[LayerDecision]) -> int | None:
+    """Neurons per expert; where layers differ, their mean. None: all of them."""
+    widths = [each.width for each in decisions if each.width is not None]
+    return round(sum(widths) / len(widths)) if widths else None
+
+
 def _layers(found: Collected) -> dict[str, Any]:
     decisions = found.decisions
     merged = {d.name: d.result for d in found.done.get("transform", ())}
@@ -133,7 +139,8 @@ def _layers(found: Collected) -> dict[str, Any]:
         },
         "width": {
             "before": found.prepared.moe.meta_expert(decisions[0].layer).neurons,
-            "after": decisions[0].width,
+            "after": _width(decisions),
+            "layers": {str(each.layer): each.width for each in decisions},
         },
         "refit": {
             str(layer): {key: result.get(key) for key in _REFIT}

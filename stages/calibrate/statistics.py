@@ -42,6 +42,8 @@ class LayerStatistics:
     router: np.ndarray[Any, Any] | None = None
     # [E, E] squared distances of the experts' input matrices, gate and up.
     weights: np.ndarray[Any, Any] | None = None
+    # Width -> what it costs to give it to this layer alone: measured, or predicted.
+    curve: Mapping[int, float] | None = None
     # Experts that must stay as they are.
     protected: tuple[int, ...] = ()
 

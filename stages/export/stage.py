@@ -91,7 +91,8 @@ def run_one(unit: ExportUnit) -> dict[str, Any]:
     """
     staging = unit.output.with_name(f".{unit.output.name}.{attempt()}.tmp")
     for stale in unit.output.parent.glob(f".{unit.output.name}.*.tmp"):
-        shutil.rmtree(stale)
+        if stale.is_dir():  # what is left of a marker, a file, matches as well
+            shutil.rmtree(stale)
     staging.mkdir(parents=True)
     try:
         assemble(unit, staging)
@@ -155,6 +156,8 @@ def _expectations(unit: ExportUnit) -> dict[str, Any]:
 def _plain_config(unit: ExportUnit) -> dict[str, Any] | None:
     """The config of a plain model with the same experts; None where the family has no such."""
     width, config = unit.decisions[0].width, unit.moe.checkpoint.config
+    if len({each.width for each in unit.decisions}) > 1:
+        return None
     if width is None:
         return config
     with suppress(CheckpointError):

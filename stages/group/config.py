@@ -13,7 +13,7 @@ from stages.settings import Settings
 
 VERSION = 1
 
-Need = Literal["subsample", "router", "weights", "inputs"]
+Need = Literal["subsample", "router", "weights", "inputs", "probe"]
 
 
 class Budget(Settings):
@@ -97,6 +97,9 @@ class Coalesce(_Method):
     needs = ("inputs",)
     # Experts keep a multiple of so many neurons; kernels like powers of two.
     multiple: int = Field(default=8, ge=1)
+    # Neurons per layer. uniform: the same. probe, predicted: those that cost least together, by the
+    # measured KL of every layer alone, or by predicted errors; export.format=mapped holds them.
+    divide: Literal["uniform", "probe", "predicted"] = "uniform"
 
     @model_validator(mode="after")
     def _all_layers(self) -> Coalesce:
@@ -109,6 +112,10 @@ class Coalesce(_Method):
     @property
     def narrows(self) -> bool:
         return True
+
+    @property
+    def uneven(self) -> bool:
+        return self.divide != "uniform"
 
 
 class McSmoe(_Method):

@@ -19,6 +19,7 @@ SCHEMA = pa.schema(
         ("action", pa.string()),
         # Neurons that every expert of the layer keeps; null: all.
         ("width", pa.int32()),
+        # The expert's part of the layer's predicted error (`predict.py`); null: no sample.
         ("predicted_error", pa.float64()),
     ]
 )
@@ -65,8 +66,17 @@ def from_labels(
     return LayerDecision(layer, group, representatives, tuple(weight))
 
 
-def to_table(decisions: Sequence[LayerDecision], metadata: Mapping[str, str]) -> pa.Table:
-    """Rows sorted by layer and expert."""
+def to_table(
+    decisions: Sequence[LayerDecision],
+    metadata: Mapping[str, str],
+    errors: Mapping[int, Sequence[float]] | None = None,
+) -> pa.Table:
+    """Rows sorted by layer and expert.
+
+    Args:
+        errors: layer -> each expert's part of the predicted error; layers may be missing.
+    """
+    known = errors or {}
     rows = [
         {
             "layer": decision.layer,
@@ -76,7 +86,7 @@ def to_table(decisions: Sequence[LayerDecision], metadata: Mapping[str, str]) ->
             "weight": decision.weight[expert],
             "action": decision.action(expert),
             "width": decision.width,
-            "predicted_error": None,
+            "predicted_error": known[decision.layer][expert] if decision.layer in known else None,
         }
         for decision in sorted(decisions, key=lambda d: d.layer)
         for expert, group in enumerate(decision.group)

@@ -10,11 +10,13 @@ from stages.errors import StatisticsError
 from stages.group.budget import Sizes, total_experts
 from stages.group.config import AnyMethod, Coalesce
 from stages.group.decision import LayerDecision
+from stages.group.divide import divide, steps
 from stages.group.methods import DECIDE
 from stages.group.methods.base import keep_all
+from stages.group.methods.needs import curve_of
 from stages.group.router_groups import join, split
 from stages.group.super_experts import protect, super_experts
-from stages.group.width import kept_width
+from stages.group.width import kept_steps, kept_width
 
 
 def decide(
@@ -55,8 +57,15 @@ def decide(
 def _narrowed(
     config: Coalesce, statistics: Sequence[LayerStatistics], sizes: Sizes
 ) -> list[LayerDecision]:
-    """Every expert stays, all with the same number of neurons."""
+    """Every expert stays; all of a layer, or of the model, with the same number of neurons."""
     assert sizes.widths is not None
-    experts = statistics[0].num_experts
-    width = kept_width(config.budget, experts, sizes.widths, config.multiple)
-    return [replace(keep_all(each), width=width) for each in statistics]
+    experts, multiple = statistics[0].num_experts, config.multiple
+    if config.divide == "uniform":
+        width = kept_width(config.budget, experts, sizes.widths, multiple)
+        return [replace(keep_all(each), width=width) for each in statistics]
+    total = kept_steps(config.budget, experts, sizes.widths, multiple, len(statistics))
+    costs = [steps(curve_of(each), sizes.widths.neurons, multiple) for each in statistics]
+    return [
+        replace(keep_all(each), width=count * multiple)
+        for each, count in zip(statistics, divide(costs, total), strict=True)
+    ]

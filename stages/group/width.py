@@ -27,13 +27,7 @@ def kept_width(budget: Budget, num_experts: int, widths: Widths, multiple: int) 
     Raises:
         BudgetError: not even one multiple fits.
     """
-    if budget.target_bytes is not None:
-        room = (budget.target_bytes - widths.fixed) // widths.per_neuron
-    elif budget.keep_ratio is not None:
-        room = int(Fraction(str(budget.keep_ratio)) * widths.neurons)
-    else:
-        share = Fraction(str(budget.experts_per_layer)) / num_experts
-        room = int(share * widths.neurons)
+    room = int(_room(budget, num_experts, widths))
     width = min(room, widths.neurons) // multiple * multiple
     if width < 1:
         raise BudgetError(
@@ -43,3 +37,29 @@ def kept_width(budget: Budget, num_experts: int, widths: Widths, multiple: int) 
             "raise the budget, or lower group.multiple",
         )
     return width
+
+
+def kept_steps(budget: Budget, num_experts: int, widths: Widths, multiple: int, layers: int) -> int:
+    """Multiples of `multiple` neurons that all layers together may keep, at least one each.
+
+    Raises:
+        BudgetError: fewer than one per layer.
+    """
+    kept_width(budget, num_experts, widths, multiple)
+    room = min(_room(budget, num_experts, widths), Fraction(widths.neurons))
+    return int(room * layers / multiple)
+
+
+def spread(steps: int, layers: int, multiple: int) -> list[int]:
+    """Widths that use all steps, as even as can be, the first layers the wider ones."""
+    each, more = divmod(steps, layers)
+    return [multiple * (each + (index < more)) for index in range(layers)]
+
+
+def _room(budget: Budget, num_experts: int, widths: Widths) -> Fraction:
+    """Neurons per expert that the budget pays for."""
+    if budget.target_bytes is not None:
+        return Fraction(budget.target_bytes - widths.fixed, widths.per_neuron)
+    if budget.keep_ratio is not None:
+        return Fraction(str(budget.keep_ratio)) * widths.neurons
+    return Fraction(str(budget.experts_per_layer)) / num_experts * widths.neurons

@@ -14,8 +14,8 @@ Sums = dict[str, Array]
 INTEGERS = ("sampled", "sampled_selected")
 SCALARS = (*INTEGERS, "output_sq", "gated_energy")
 OUTPUTS = ("mean_output", "routed_output")  # [E, H]
-PAIRS = ("swap", "both", "cosine", "output_gram")  # [E, E]
-NEURONS = ("neuron_energy", "neuron_gated")  # [E, I]
+PAIRS = ("swap", "both", "gated_gram", "cosine", "output_gram")  # [E, E]
+NEURONS = ("neuron_energy", "neuron_gated", "neuron_output")  # [E, I]
 VECTORS = OUTPUTS + PAIRS + NEURONS
 
 
@@ -63,4 +63,5 @@ def from_table(table: pa.Table) -> dict[str, Sums]:
 
 def table_bytes(experts: int, hidden: int, neurons: int) -> int:
     """Bytes of the values of one domain and layer."""
-    return 8 * experts * (len(SCALARS) + 2 * hidden + len(PAIRS) * experts + 2 * neurons)
+    vectors = len(OUTPUTS) * hidden + len(PAIRS) * experts + len(NEURONS) * neurons
+    return 8 * experts * (len(SCALARS) + vectors)

@@ -73,6 +73,9 @@ def _evaluate(
             neurons = activations(expert, hidden[rows], act)
             outputs[index, rows] = output(expert, neurons).cpu()
             _add_neurons(inputs, rows, selected, gates[:, index], neurons, index, sums)
+        lengths = expert.down.double().square().sum(0).numpy(force=True)  # [I] of the columns
+        for each in sums.values():
+            each["neuron_output"][index] = each["neuron_gated"][index] * lengths
 
 
 def _add_neurons(

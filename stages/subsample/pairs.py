@@ -71,7 +71,7 @@ def chunk_sums(outputs: Tensor, ids: Tensor, gates: Tensor) -> dict[str, Tensor]
 def _pairs(
     products: Tensor, squares: Tensor, dense: Tensor, ids: Tensor, gates: Tensor
 ) -> dict[str, Tensor]:
-    """`swap` and `both`: only the k selected experts of a token have a gate, [c, k, E] pairs."""
+    """`swap`, `both`, `gated_gram` from [c, k, E]: only the k selected experts have a gate."""
     experts = squares.shape[1]
     rows = products.gather(1, ids.unsqueeze(2).expand(-1, -1, experts))
     distance = (squares.gather(1, ids).unsqueeze(2) + squares.unsqueeze(1) - 2 * rows).clamp_min(0)
@@ -80,8 +80,14 @@ def _pairs(
     owner = torch.nn.functional.one_hot(ids.reshape(-1), experts).double().T  # [E, c k]
     both = owner @ (dense.unsqueeze(1) * weighted).reshape(-1, experts)
     swap = owner @ (gates.unsqueeze(2) * weighted).reshape(-1, experts)
+    gated = gates.unsqueeze(2) * dense.unsqueeze(1) * rows
+    gram = owner @ gated.reshape(-1, experts)
     # An expert does not differ from itself; its distance above is rounding.
-    return {"swap": swap.fill_diagonal_(0), "both": _symmetric(both).fill_diagonal_(0)}
+    return {
+        "swap": swap.fill_diagonal_(0),
+        "both": _symmetric(both).fill_diagonal_(0),
+        "gated_gram": _symmetric(gram),
+    }
 
 
 def _symmetric(matrix: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from stages.subsample.columns import to_table
 from stages.subsample.evaluate import layer_sums
 from stages.unit import Done, Fingerprint, OneFile, execute, read_digests
 
-VERSION = 1
+VERSION = 2
 # Enough to tell one function from another.
 _COMPARED = 16
 

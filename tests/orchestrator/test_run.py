@@ -179,3 +179,14 @@ def test_a_run_whose_text_changed_stops_and_says_so(tmp_path: Path) -> None:
     with pytest.raises(StaleUnit, match=r"corpus/calibration was finished .* data was"):
         run(prepare(job.config))
     assert {path: path.read_bytes() for path in before} == before
+
+
+def test_what_a_kill_left_of_the_marker_is_no_obstacle(tmp_path: Path) -> None:
+    job = prepared(tmp_path, "mixtral")
+    job.folder.root.mkdir()
+    (job.folder.root / ".output.json.host-1.tmp").write_text("{")
+
+    run(job)
+
+    assert (job.folder.output(MAIN) / "config.json").exists()
+    assert not list(job.folder.root.glob(".*.tmp"))

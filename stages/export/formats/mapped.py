@@ -15,7 +15,6 @@ from models.moe import MoeCheckpoint
 from models.support import require
 from stages.export.config import ExportConfig
 from stages.export.formats.expanded import refuse_dropped
-from stages.export.formats.native import one_width
 from stages.group.decision import LayerDecision
 
 
@@ -26,10 +25,9 @@ class Mapped:
     needs_code = True
 
     def check(self, moe: MoeCheckpoint, decisions: Sequence[LayerDecision]) -> None:
-        """Every expert needs a group; any number per layer will do."""
+        """Every expert needs a group; any number and width per layer will do."""
         require(moe.family, "mapped")
         refuse_dropped(decisions, "mapped")
-        one_width(decisions)
 
     def layer_tensors(
         self,
@@ -57,7 +55,9 @@ class Mapped:
     def config_json(self, moe: MoeCheckpoint, decisions: Sequence[LayerDecision]) -> dict[str, Any]:
         """The model type of the modeling file, and the number of experts per layer."""
         counts = {decision.layer: len(decision.representatives) for decision in decisions}
-        return config_json(moe.checkpoint.config, counts, one_width(decisions))
+        widths = {each.layer: each.width for each in decisions if each.width is not None}
+        one = {each.width for each in decisions}
+        return config_json(moe.checkpoint.config, counts, one.pop() if len(one) == 1 else widths)
 
     def extra_files(self) -> Mapping[str, Path]:
         """The modeling file."""

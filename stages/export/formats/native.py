@@ -90,7 +90,7 @@ def one_width(decisions: Sequence[LayerDecision]) -> int | None:
     if len(widths) > 1:
         raise BudgetError(
             f"config.json holds one width of experts for all layers; the decision has {widths}",
-            "give every layer the same width",
+            "give every layer the same width, or use export.format=mapped",
         )
     return widths.pop()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from stages.calibrate.observer import Sums
 from stages.calibrate.statistics import LayerStatistics
 from stages.errors import StatisticsError
@@ -60,3 +62,18 @@ def weights_of(statistics: LayerStatistics) -> Array:
             "attach them with stages.group.provide.provide",
         )
     return statistics.weights
+
+
+def curve_of(statistics: LayerStatistics) -> Mapping[int, float]:
+    """Width -> cost of giving it to this layer alone.
+
+    Raises:
+        StatisticsError: nothing was attached.
+    """
+    if statistics.curve is None:
+        raise StatisticsError(
+            f"layer {statistics.layer}: dividing a budget needs what each width costs each layer",
+            "group.divide=probe measures it in a run; group.divide=predicted needs the sums of"
+            " all experts on sampled tokens (calibrate.sample)",
+        )
+    return statistics.curve

@@ -78,3 +78,10 @@ def test_rows_name_group_and_representative() -> None:
     assert [row["is_representative"] for row in rows] == [False, True, False]
     assert [row["weight"] for row in rows] == [0.5, 0.3, 0.2]
     assert {row["layer"] for row in rows} == {2}
+
+
+def test_predicted_errors_stand_beside_the_experts_of_layers_that_have_them() -> None:
+    known, unknown = from_labels(0, [0, 1], [0.5, 0.5]), from_labels(1, [0, 1], [0.5, 0.5])
+    table = to_table([known, unknown], {}, {0: [0.25, 0.5]})
+    assert table["predicted_error"].to_pylist() == [0.25, 0.5, None, None]
+    assert from_table(table) == [known, unknown]

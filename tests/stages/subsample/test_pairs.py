@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.subsample.columns import PAIRS, empty_sums
+from stages.subsample.columns import NEURONS, PAIRS, empty_sums
 from stages.subsample.pairs import chunk_sums, pair_errors
 from tests.tiny import PROPERTY
 
@@ -58,6 +58,7 @@ def test_sums_of_a_chunk_are_those_of_a_slow_oracle(**case: int) -> None:
                 product, other = f[t, i] @ f[t, j], np.linalg.norm(f[t, j])
                 expected["swap"][i, j] += g[t, i] ** 2 * distance
                 expected["both"][i, j] += g[t, i] * g[t, j] * distance
+                expected["gated_gram"][i, j] += g[t, i] * g[t, j] * product
                 expected["output_gram"][i, j] += product
                 expected["cosine"][i, j] += product / (norm * other) if norm * other else 0
 
@@ -66,7 +67,7 @@ def test_sums_of_a_chunk_are_those_of_a_slow_oracle(**case: int) -> None:
     for name, values in found.items():
         assert values.dtype == expected[name].dtype, name
         np.testing.assert_allclose(values, expected[name], rtol=1e-10, atol=1e-10, err_msg=name)
-    assert set(expected) - set(found) == {"neuron_energy", "neuron_gated"}
+    assert set(expected) - set(found) == set(NEURONS)
     for name in PAIRS:
         assert name == "swap" or np.array_equal(found[name], found[name].T), name
 

@@ -96,10 +96,13 @@ def oracle(unit: SubsampleUnit) -> dict[str, Sums]:
             total["gated_energy"][i] += g[i] ** 2 * (f[i] @ f[i])
             total["neuron_energy"][i] += chosen * energy
             total["neuron_gated"][i] += g[i] ** 2 * energy
+            columns = expert.down.double().square().sum(0).numpy()
+            total["neuron_output"][i] += g[i] ** 2 * energy * columns
             for j in range(EXPERTS):
                 distance = (f[i] - f[j]) @ (f[i] - f[j])
                 total["swap"][i, j] += g[i] ** 2 * distance
                 total["both"][i, j] += g[i] * g[j] * distance
+                total["gated_gram"][i, j] += g[i] * g[j] * (f[i] @ f[j])
                 total["output_gram"][i, j] += f[i] @ f[j]
                 total["cosine"][i, j] += f[i] @ f[j] / np.sqrt((f[i] @ f[i]) * (f[j] @ f[j]))
     return sums

@@ -1,0 +1,1 @@
+"""One observation, many (method, budget) pairs."""
