@@ -30,7 +30,11 @@ def families() -> dict[str, str]:
 
 
 def config_json(
-    base: dict[str, Any], experts_per_layer: dict[int, int], expert_width: int | None = None
+    base: dict[str, Any],
+    experts_per_layer: dict[int, int],
+    expert_width: int | None = None,
+    expert_factors: dict[int, dict[str, list[int]]] | None = None,
+    factor_axis: str | None = None,
 ) -> dict[str, Any]:
     """The config.json of a mapped checkpoint.
 
@@ -38,6 +42,8 @@ def config_json(
         base: the original model's config.json. Its number of experts stays: it is the router width.
         experts_per_layer: stored experts of every MoE layer; dense layers are absent.
         expert_width: neurons of the routed experts, where they are fewer than the family's.
+        expert_factors: layer -> matrix -> its rank and kept rows of S; other layers are whole.
+        factor_axis: whether S keeps rows or columns.
 
     Raises:
         UnknownFamily: the base model type has no mapped form.
@@ -49,6 +55,7 @@ def config_json(
         )
     config, model = (f"Coalesce{families()[family]}{kind}" for kind in ("Config", "ForCausalLM"))
     module = modeling_source().stem
+    factors = {str(layer): each for layer, each in sorted((expert_factors or {}).items())}
     return base | {
         "model_type": f"coalesce_{family}",
         "architectures": [model],
@@ -58,6 +65,7 @@ def config_json(
         },
         "experts_per_layer": {str(layer): n for layer, n in sorted(experts_per_layer.items())},
         **({} if expert_width is None else {"expert_width": expert_width}),
+        **({"expert_factors": factors, "factor_axis": factor_axis} if factors else {}),
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from stages.compress.config import CompressConfig
 from stages.settings import Settings
 
 VERSION = 1
@@ -20,3 +21,5 @@ class ExportConfig(Settings):
     router: Literal["representative", "mean"] = "representative"
     # mapped only: up to this size, logits are compared with those of the expanded model.
     compare_limit_bytes: int = 8 << 30
+    # How experts are decomposed: the section `compress` of a run, put here for what writes files.
+    compress: CompressConfig | None = None

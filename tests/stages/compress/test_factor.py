@@ -1,4 +1,4 @@
-"""One matrix as U V + S: exact with all of S, as small as the arithmetic, the same without memory."""
+"""One matrix as U V + S: exact with all of S, as small as the arithmetic, known without memory."""
 
 from __future__ import annotations
 
