@@ -24,6 +24,8 @@ def needs(config: RunConfig, method: AnyMethod) -> frozenset[Need]:
         found.add("subsample")
     if config.refit.enabled is True:
         found.add("inputs")
+    if config.compress is not None and config.compress.needs_inputs:
+        found.add("inputs")
     return frozenset(found)
 
 
@@ -51,12 +53,19 @@ def check_needs(
             "set calibrate.sample.tokens (4096) and calibrate.sample.statistics=true",
         )
     if "inputs" in needs(config, config.group) and not _inputs(config, folder, moe):
-        what: str = config.group.method if config.group.needs else "refit.enabled=true"
+        what = _reader(config)
         raise ConfigError(
             f"{what} needs a sample of what enters the layers, and none is taken",
             "set calibrate.sample.tokens (16384), or use a method that keeps whole experts",
         )
     _check_domains(config, domains)
+
+
+def _reader(config: RunConfig) -> str:
+    """Who reads the sample of what enters the layers."""
+    if "inputs" in config.group.needs:
+        return config.group.method
+    return "refit.enabled=true" if config.refit.enabled is True else "compress"
 
 
 def attached(
