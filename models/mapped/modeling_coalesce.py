@@ -293,10 +293,9 @@ class _FactoredExperts(nn.Module):
 def _grouped_linear(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """[P, in] and [K, out, in] -> [P, out]; rows up to ends[0] with the first matrix, and so on."""
     turned = weight.transpose(-2, -1)
-    strides = (x.stride(0), weight.stride(1), weight.stride(2), turned.shape[2])
-    aligned = all(n == 1 or n * x.element_size() % 16 == 0 for n in strides)
+    aligned = all(n * x.element_size() % 16 == 0 for n in weight.shape[1:])
     if aligned and hasattr(nn.functional, "grouped_mm") and len(x):
-        return nn.functional.grouped_mm(x, turned, offs=ends)
+        return nn.functional.grouped_mm(x.contiguous(), turned, offs=ends)
     # The kernel wants rows of whole 16 bytes; the same in one batch, padded to the longest group.
     starts = torch.cat([ends.new_zeros(1), ends[:-1]])
     longest = int((ends - starts).max()) if len(x) else 0
