@@ -224,7 +224,7 @@ class _FactoredMatrices(nn.Module):
             return made
         index = self.get_buffer("index")[ids]  # [P, n]
         if self.by_rows:
-            return made.scatter_add(1, index, _grouped_linear(x, self.s, ends))
+            return made.scatter_add_(1, index, _grouped_linear(x, self.s, ends))
         return made + _grouped_linear(x.gather(1, index), self.s.transpose(1, 2), ends)
 
     def dense(self) -> torch.Tensor:
@@ -293,10 +293,12 @@ class _FactoredExperts(nn.Module):
 def _grouped_linear(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """[P, in] and [K, out, in] -> [P, out]; rows up to ends[0] with the first matrix, and so on."""
     turned = weight.transpose(-2, -1)
+    x = x.to(weight.dtype)
     aligned = all(n * x.element_size() % 16 == 0 for n in weight.shape[1:])
-    if aligned and hasattr(nn.functional, "grouped_mm") and len(x):
+    known = x.dtype == torch.bfloat16 or (x.device.type == "cpu" and x.dtype == torch.float32)
+    if aligned and known and len(x) and hasattr(nn.functional, "grouped_mm"):
         return nn.functional.grouped_mm(x.contiguous(), turned, offs=ends)
-    # The kernel wants rows of whole 16 bytes; the same in one batch, padded to the longest group.
+    # The kernel takes these types alone and rows of whole 16 bytes; the same in one batch, padded to the longest group.
     starts = torch.cat([ends.new_zeros(1), ends[:-1]])
     longest = int((ends - starts).max()) if len(x) else 0
     place = starts[:, None] + torch.arange(longest, device=x.device)

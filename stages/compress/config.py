@@ -11,7 +11,7 @@ from stages.settings import Settings
 VERSION = 1
 
 # MC-SMoE, arXiv 2310.01334, section 4: rank 32, a tenth of the rows of S.
-_PAPER = {"rank": 32, "sparse": 0.1}
+_PAPER = {"rank": 32, "sparse": 0.1, "multiple": 1}
 
 
 class CompressConfig(Settings):
@@ -26,6 +26,9 @@ class CompressConfig(Settings):
     # Share of the rows (or columns) of S that is kept; 0: low rank alone.
     sparse: float = Field(default=0.1, ge=0, le=1)
     axis: Literal["rows", "columns"] = "rows"
+    # Ranks that a ratio gives and numbers of kept rows, from this on, are multiples of it: grouped
+    # matrix products want rows of whole 16 bytes.
+    multiple: int = Field(default=8, gt=0)
     # weights: norms of S, no data. activations: what dropping them costs on the sampled tokens.
     importance: Literal["weights", "activations"] = "weights"
     # Low rank where the sampled inputs are, not where the weights are large.

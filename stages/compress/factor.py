@@ -36,9 +36,18 @@ def shape_of(config: CompressConfig, height: int, width: int) -> Shape:
     rank = config.rank
     if rank is None:
         assert config.ratio is not None
-        rank = rank_from_ratio(config.ratio, height, width)
+        wanted = rank_from_ratio(config.ratio, height, width)
+        rank = min(_even(wanted, config.multiple), height, width)
     along = height if config.axis == "rows" else width
-    return Shape(height, width, rank, kept_count(config.sparse, along), config.axis)
+    kept = kept_count(config.sparse, along)
+    if kept < along:
+        kept = min(_even(kept, config.multiple), along)
+    return Shape(height, width, rank, kept, config.axis)
+
+
+def _even(count: int, multiple: int) -> int:
+    """The nearest multiple (halves up), of what is not smaller than one."""
+    return count if count < multiple else (2 * count + multiple) // (2 * multiple) * multiple
 
 
 def factor(weight: Tensor, config: CompressConfig, inputs: Tensor | None = None) -> Factored:

@@ -104,6 +104,24 @@ def test_the_papers_preset() -> None:
     assert CompressConfig(**paper.model_dump()) == paper
 
 
+@PROPERTY
+@given(height=st.integers(1, 300), width=st.integers(1, 300), share=st.integers(1, 100))
+def test_ranks_and_rows_are_multiples_from_the_first_one_on(
+    height: int, width: int, share: int
+) -> None:
+    found = shape_of(CompressConfig(ratio=share / 100, sparse=share / 100), height, width)
+    exact = shape_of(
+        CompressConfig(ratio=share / 100, sparse=share / 100, multiple=1), height, width
+    )
+
+    for ours, theirs, limit in (
+        (found.rank, exact.rank, min(height, width)),
+        (found.kept, exact.kept, height),
+    ):
+        assert ours <= limit and abs(ours - theirs) <= 4
+        assert ours % 8 == 0 or ours == limit or ours == theirs < 8
+
+
 def test_the_papers_sizes() -> None:
     """An expert of switch-base: 0.24576 M values of factors, 0.47186 M of S (to whole rows)."""
     config = CompressConfig(preset="paper")
