@@ -16,9 +16,9 @@ FEATURES = (
     "native",  # output with fewer experts that opens like the original
     "mapped",  # output with the original router and fewer experts behind it
     "expanded",  # output of the original size, every slot its group's expert
-    "compress",  # what is left of the experts made smaller itself
+    "compress",  # experts stored as U V + S behind the original router
 )
-_ALL = {"compress": "merged experts are not compressed further yet"}
+_UNMAPPED = "its decomposed experts could only be stored behind a map"
 _ENCODER_DECODER = {
     "streaming": "its decoder layers also need the encoder's output; it is observed whole",
     "replicas": "its experts are called with dispatch masks; ranks exchange ids and gates",
@@ -29,7 +29,9 @@ _ENCODER_DECODER = {
 def reasons(family: Family) -> dict[str, str]:
     """Feature -> why this family does not have it; what is absent is supported."""
     structural = _ENCODER_DECODER if family.encoder_decoder else {}
-    found = {**structural, **family.unsupported, **_ALL}
+    found = {**structural, **family.unsupported}
+    if "mapped" in found:
+        found["compress"] = f"{_UNMAPPED}, and {found['mapped']}"
     return {feature: found[feature] for feature in FEATURES if feature in found}
 
 

@@ -11,6 +11,7 @@ from orchestrator.slurm.config import SlurmConfig
 from orchestrator.sweep.config import SweepConfig
 from stages.align.config import AlignConfig
 from stages.calibrate.config import CalibrateConfig
+from stages.compress.config import CompressConfig
 from stages.evaluate.config import EvaluateConfig
 from stages.export.config import ExportConfig
 from stages.group.config import Coalesce, GroupConfig
@@ -89,6 +90,8 @@ class RunConfig(Settings):
     merge: MergeConfig = MergeConfig()
     narrow: NarrowConfig = NarrowConfig()
     refit: RefitConfig = RefitConfig()
+    # None: the experts that are left keep whole matrices.
+    compress: CompressConfig | None = None
     export: ExportConfig = ExportConfig()
     # Read where group.divide=probe.
     probe: ProbeConfig = ProbeConfig()
@@ -99,6 +102,17 @@ class RunConfig(Settings):
     sweep: SweepConfig = SweepConfig()
     # None: this run is not submitted to Slurm.
     slurm: SlurmConfig | None = None
+
+    @property
+    def written(self) -> ExportConfig:
+        """What the files of the main variant look like: format, and how experts are decomposed."""
+        return self.export.model_copy(update={"compress": self.compress})
+
+    @model_validator(mode="after")
+    def _one_place_to_compress(self) -> Self:
+        if self.export.compress is not None:
+            raise ValueError("write the section `compress` beside `export`, not in it")
+        return self
 
     @model_validator(mode="after")
     def _autoep_needs_ranks(self) -> Self:

@@ -69,7 +69,8 @@ def transform(run: Prepared) -> int:
     largest = max(each.tensor_bytes for each in layouts)
     expert = max(moe.expert_bytes(layer) for layer in moe.layers)
     reading = max(_refit(run), _alignment(run))
-    return PROCESS_BYTES + 2 * largest + (moe.num_experts + 8) * expert + reading
+    held = 2 * largest + (moe.num_experts + 8) * expert
+    return PROCESS_BYTES + held + reading + _compress(run)
 
 
 def _alignment(run: Prepared) -> int:
@@ -81,6 +82,19 @@ def _alignment(run: Prepared) -> int:
     neurons = max(moe.meta_expert(layer).neurons for layer in moe.layers)
     inputs = 8 * sampled * moe.hidden_size
     return inputs + 16 * min(sampled, config.align.tokens) * neurons + 12 * neurons**2
+
+
+def _compress(run: Prepared) -> int:
+    """One matrix in fp32 with its singular vectors, or in fp64 with second moments; the sample."""
+    config, moe = run.config.compress, run.moe
+    if config is None:
+        return 0
+    one = [(moe.meta_expert(layer).neurons, moe.hidden_size) for layer in moe.layers]
+    matrix = max(height * width for height, width in one)
+    side = max(max(shape) for shape in one)
+    tokens = samples.sampled_tokens(run.config.calibrate, moe) if config.needs_inputs else 0
+    moments = 24 * side * side if config.whiten else 0
+    return 40 * matrix + moments + 8 * tokens * side
 
 
 def _refit(run: Prepared) -> int:

@@ -28,6 +28,8 @@ def needs(config: RunConfig, method: AnyMethod) -> frozenset[Need]:
         found.add("probe" if method.divide == "probe" else "subsample")
     if config.refit.enabled is True or _merges_by_sample(config, method):
         found.add("inputs")
+    if config.compress is not None and config.compress.needs_inputs:
+        found.add("inputs")
     return frozenset(found)
 
 
@@ -83,7 +85,9 @@ def _asks_for_inputs(config: RunConfig) -> tuple[str, str]:
         return "refit.enabled=true", "refit.enabled=auto"
     if config.align.watches:
         return f"align.by={config.align.by}", "align.by=weights"
-    return "export.router=least_squares", "export.router=mean"
+    if config.export.router == "least_squares":
+        return "export.router=least_squares", "export.router=mean"
+    return "compress", "compress.importance=weights and compress.whiten=false"
 
 
 def attached(

@@ -24,6 +24,7 @@ from orchestrator.compatibility import (
     check_target,
     check_tokenizer,
 )
+from orchestrator.compression import check_compression
 from orchestrator.config import ModelConfig, RunConfig
 from orchestrator.errors import ConfigError
 from orchestrator.needs import check_needs
@@ -94,6 +95,7 @@ def prepare(config: RunConfig) -> Prepared:
     found = _variants(config, moe)
     for variant in found:
         expected_decisions(variant, moe)
+    check_compression(config, moe, expected_decisions(found[0], moe))
     resumes = run_folder.check(folder, config, model)
     if not any((tokenizer / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise DataError(f"{tokenizer} holds no tokenizer", "set `model.tokenizer`")
@@ -346,7 +348,7 @@ def _check_digest(path: Path) -> None:
 
 
 def _variants(config: RunConfig, moe: MoeCheckpoint) -> tuple[Variant, ...]:
-    main = in_experts(Variant(MAIN, config.group, config.export), moe)
+    main = in_experts(Variant(MAIN, config.group, config.written), moe)
     names = config.evaluate.baselines if config.evaluate is not None else ()
     budget = Budget(experts_per_layer=_baseline_experts(main, moe))
     return (main, *(Variant(name, _pruning(name, budget), ExportConfig()) for name in names))
@@ -361,13 +363,13 @@ def _pruning(name: str, budget: Budget) -> Frequency | Reap:
 def _baseline_experts(main: Variant, moe: MoeCheckpoint) -> int:
     """Experts per layer of plain pruning at the bytes of the main variant.
 
-    At least as many as it keeps; where it keeps all and narrows them, the number that comes nearest
-    in bytes.
+    At least as many as it keeps; where it makes them smaller, the number that comes nearest in
+    bytes.
     """
     decisions = expected_decisions(main, moe)
     total = sum(len(decision.representatives) for decision in decisions)
     each = -(-total // len(decisions))
-    if main.method.narrows:
+    if main.method.narrows or main.export.compress is not None:
         plain = sizes(moe, ExportConfig())
         size = sum(layout.file_bytes for layout in expected_layouts(main, moe))
         each = round((size - plain.fixed) / (plain.per_expert * plain.layers))

@@ -226,7 +226,7 @@ def compress(
     output = folder / "output"
     output.mkdir()
     save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})
-    (output / "config.json").write_text(json.dumps(form.config_json(moe, decisions)))
+    (output / "config.json").write_text(json.dumps(form.config_json(moe, decisions, export)))
     return output
 
 

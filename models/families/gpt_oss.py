@@ -12,4 +12,5 @@ FAMILY = Family(
     experts=_EXPERTS,
     memory_experts=_EXPERTS,
     intermediate_key="intermediate_size",
+    unsupported={"compress": "its experts have biases and a gate of their own"},
 )

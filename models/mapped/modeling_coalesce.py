@@ -6,6 +6,9 @@ renormalisation, so ids that meet in one stored expert add up their gates. This 
 rule of MC-SMoE (arXiv:2310.01334, Appendix A3). A router cut to K rows cannot express it, because
 the softmax mass of a group is not the exponential of one linear row.
 
+Layers that `expert_factors` names store every matrix of their experts as U V + S, a product of two
+thin factors and a few whole rows or columns, and are computed in that form.
+
 The file is copied beside the weights and loaded by transformers (`trust_remote_code=True`). It
 therefore imports nothing but torch, transformers and the standard library.
 """
@@ -55,10 +58,14 @@ class _MappedConfig:
 
     `expert_width`, if there is one, is the width of the routed experts alone, of all layers or by
     layer; other modules, and layers that it does not name, keep that of the family's own key.
+    `expert_factors`: layer -> gate_proj, up_proj and down_proj -> rank of U V and number of kept
+    rows of S, or of its columns if `factor_axis` says so.
     """
 
     experts_per_layer: dict[str, int] | None
     expert_width: int | dict[str, int] | None
+    expert_factors: dict[str, dict[str, list[int]]] | None
+    factor_axis: str | None
 
     def __post_init__(self, **kwargs: object) -> None:
         # JSON has no integer keys; a config made in Python and one read from disk must be equal.
@@ -66,6 +73,8 @@ class _MappedConfig:
             self.experts_per_layer = {str(i): n for i, n in self.experts_per_layer.items()}
         if isinstance(self.expert_width, dict):
             self.expert_width = {str(i): n for i, n in self.expert_width.items()}
+        if self.expert_factors is not None:
+            self.expert_factors = {str(i): each for i, each in self.expert_factors.items()}
         super().__post_init__(**kwargs)  # type: ignore[misc]  # the family's config
 
 
@@ -168,22 +177,141 @@ def _mapped_block(block: Any, config: PreTrainedConfig, layer: int, kept: int) -
     wide.to_empty(device=device)
     width = config.expert_width
     width = width.get(str(layer)) if isinstance(width, dict) else width
-    wide.experts = _merged_experts(type(block.experts), config, kept, width)
+    factors = (config.expert_factors or {}).get(str(layer))
+    wide.experts = _merged_experts(type(block.experts), config, kept, width, factors)
     wide.train(block.training)
     return wide
 
 
 def _merged_experts(
-    family: type[nn.Module], config: PreTrainedConfig, kept: int, width: int | None
+    family: type[nn.Module],
+    config: PreTrainedConfig,
+    kept: int,
+    width: int | None,
+    factors: dict[str, list[int]] | None,
 ) -> nn.Module:
-    """The family's fused experts, [K, ...] instead of [E, ...], and the map."""
+    """The family's fused experts, [K, ...] instead of [E, ...], or their factors; and the map."""
     widths = _EXPERT_WIDTHS if width else ()
     with _expert_count(config, kept), _changed(config, widths, width or 0):
-        experts = family(config)
+        if factors is None:
+            experts = family(config)
+        else:
+            with torch.device("meta"):  # shapes and activation; the whole experts have no memory
+                whole = family(config)
+            experts = _FactoredExperts(whole, kept, factors, config.factor_axis)
     expert_map = torch.arange(_router_width(config)) % kept
     experts.register_buffer("expert_map", expert_map)  # int64 [E]
     experts.register_forward_pre_hook(_redirect, with_kwargs=True)
     return experts
+
+
+class _FactoredMatrices(nn.Module):
+    """K matrices W = U V + S [out, in]; S holds n whole rows, or columns, of every matrix.
+
+    u [K, out, r], v [K, r, in], s [K, n, in] (rows) or [K, n, out] (columns), index int64 [K, n].
+    """
+
+    def __init__(self, count: int, shape: torch.Size, factors: list[int], axis: str | None) -> None:
+        super().__init__()
+        (out, width), (rank, kept) = shape, factors
+        self.by_rows, self.size = axis != "columns", out
+        self.along = out if self.by_rows else width  # what `index` counts
+        # Zeros, not random numbers; a checkpoint fills them all or is refused.
+        self.u = nn.Parameter(torch.zeros(count, out, rank))
+        self.v = nn.Parameter(torch.zeros(count, rank, width))
+        if kept:
+            self.s = nn.Parameter(torch.zeros(count, kept, width if self.by_rows else out))
+            self.register_buffer("index", torch.arange(kept).repeat(count, 1))
+
+    def forward(self, x: torch.Tensor, ids: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        """[P, in] -> [P, out]; row p goes to expert ids[p], and ids ascend up to `ends` [K]."""
+        made = _grouped_linear(_grouped_linear(x, self.v, ends), self.u, ends)
+        if not hasattr(self, "s"):
+            return made
+        index = self.get_buffer("index")[ids]  # [P, n]
+        if self.by_rows:
+            return made.scatter_add_(1, index, _grouped_linear(x, self.s, ends))
+        return made + _grouped_linear(x.gather(1, index), self.s.transpose(1, 2), ends)
+
+    def dense(self) -> torch.Tensor:
+        """[K, out, in] fp32: the matrices themselves."""
+        whole = self.u.float() @ self.v.float()
+        if hasattr(self, "s"):
+            turned = whole if self.by_rows else whole.transpose(1, 2)
+            index = self.get_buffer("index")[:, :, None].expand(-1, -1, turned.shape[2])
+            turned.scatter_add_(1, index, self.s.float())
+        return whole
+
+
+class _FactoredExperts(nn.Module):
+    """The family's gated experts with every matrix as U V + S, and the map.
+
+    Only experts that are hit compute, all of them together, and each once per token: gates of ids
+    that meet in one expert are added first.
+    """
+
+    def __init__(
+        self, whole: nn.Module, count: int, factors: dict[str, list[int]], axis: str | None
+    ) -> None:
+        super().__init__()
+        gate_up, down = whole.get_parameter("gate_up_proj"), whole.get_parameter("down_proj")
+        half = torch.Size((gate_up.shape[1] // 2, gate_up.shape[2]))
+        self.num_experts, self.act_fn = count, whole.act_fn
+        self.gate_proj = _FactoredMatrices(count, half, factors["gate_proj"], axis)
+        self.up_proj = _FactoredMatrices(count, half, factors["up_proj"], axis)
+        self.down_proj = _FactoredMatrices(count, down.shape[1:], factors["down_proj"], axis)
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """[T, H], stored ids [T, k] and gates [T, k] -> [T, H]."""
+        shape = len(hidden_states), self.num_experts
+        gates = top_k_weights.new_zeros(shape).scatter_add(1, top_k_index, top_k_weights)
+        hit = torch.zeros(shape, dtype=torch.bool, device=gates.device)
+        ids, tokens = hit.scatter_(1, top_k_index, True).T.nonzero(as_tuple=True)
+        ends = hit.sum(dim=0).cumsum(0, dtype=torch.int32)
+        x = hidden_states[tokens]
+        neurons = self.act_fn(self.gate_proj(x, ids, ends)) * self.up_proj(x, ids, ends)
+        made = self.down_proj(neurons, ids, ends) * gates[tokens, ids, None]
+        # Added in fp32 and rounded once, whatever the type of the model.
+        total = torch.zeros_like(hidden_states, dtype=torch.float32)
+        return total.index_add(0, tokens, made.float()).to(hidden_states.dtype)
+
+    def dense_tensors(self) -> dict[str, torch.Tensor]:
+        """The family's own fused tensors of the same experts, in fp32."""
+        halves = [self.gate_proj.dense(), self.up_proj.dense()]
+        return {"gate_up_proj": torch.cat(halves, dim=1), "down_proj": self.down_proj.dense()}
+
+    def check_indices(self, layer: int) -> None:
+        """Every index must be int64, ascend and lie inside its matrix."""
+        for name, part in self.named_children():
+            index = getattr(part, "index", None)
+            if not isinstance(part, _FactoredMatrices) or index is None:
+                continue
+            inside = bool((index >= 0).all() and (index < part.along).all())
+            if index.dtype != torch.int64 or not inside or bool((index.diff(dim=1) <= 0).any()):
+                raise ValueError(
+                    f"index of {name} in layer {layer} must be int64, ascend and lie in"
+                    f" 0..{part.along - 1}"
+                )
+
+
+def _grouped_linear(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """[P, in] and [K, out, in] -> [P, out]; rows up to ends[0] with the first matrix, and so on."""
+    turned = weight.transpose(-2, -1)
+    x = x.to(weight.dtype)
+    aligned = all(n * x.element_size() % 16 == 0 for n in weight.shape[1:])
+    known = x.dtype == torch.bfloat16 or (x.device.type == "cpu" and x.dtype == torch.float32)
+    if aligned and known and len(x) and hasattr(nn.functional, "grouped_mm"):
+        return nn.functional.grouped_mm(x.contiguous(), turned, offs=ends)
+    # The kernel takes these types alone and rows of whole 16 bytes; the same in one batch, padded
+    # to the longest group.
+    starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+    longest = int((ends - starts).max()) if len(x) else 0
+    place = starts[:, None] + torch.arange(longest, device=x.device)
+    inside = place < ends[:, None]
+    padded = x[place.clamp(max=max(len(x) - 1, 0))] * inside[:, :, None]
+    return (padded @ turned)[inside]
 
 
 def _redirect(
@@ -215,6 +343,8 @@ def _check_expert_maps(model: PreTrainedModel, _: object = None) -> None:
                 f"expert_map of layer {layer} must be int64 and use each of 0..{kept - 1}; "
                 f"found {found.dtype} {sorted(set(found.tolist()))}"
             )
+        if isinstance(block.experts, _FactoredExperts):
+            block.experts.check_indices(layer)
 
 
 def _refuse_faults(info: dict[str, Any]) -> None:
@@ -233,12 +363,8 @@ def _config_class(family: str, stem: str) -> type[PreTrainedConfig]:
     bases = (_MappedConfig, getattr(transformers, f"{stem}Config"))
     body = {
         "__module__": __name__,
-        "__annotations__": {
-            "experts_per_layer": dict[str, int] | None,
-            "expert_width": int | dict[str, int] | None,
-        },
-        "experts_per_layer": None,
-        "expert_width": None,
+        "__annotations__": dict(_MappedConfig.__annotations__),
+        **dict.fromkeys(_MappedConfig.__annotations__),
         "model_type": f"coalesce_{family}",
         "_auto_class": "AutoConfig",
     }

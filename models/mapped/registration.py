@@ -33,6 +33,8 @@ def config_json(
     base: dict[str, Any],
     experts_per_layer: dict[int, int],
     expert_width: int | dict[int, int] | None = None,
+    expert_factors: dict[int, dict[str, list[int]]] | None = None,
+    factor_axis: str | None = None,
 ) -> dict[str, Any]:
     """The config.json of a mapped checkpoint.
 
@@ -41,6 +43,8 @@ def config_json(
         experts_per_layer: stored experts of every MoE layer; dense layers are absent.
         expert_width: neurons of the routed experts, where they are fewer than the family's; by
             layer, where layers differ.
+        expert_factors: layer -> matrix -> its rank and kept rows of S; other layers are whole.
+        factor_axis: whether S keeps rows or columns.
 
     Raises:
         UnknownFamily: the base model type has no mapped form.
@@ -55,6 +59,7 @@ def config_json(
         width = {str(layer): n for layer, n in sorted(expert_width.items())}
     config, model = (f"Coalesce{families()[family]}{kind}" for kind in ("Config", "ForCausalLM"))
     module = modeling_source().stem
+    factors = {str(layer): each for layer, each in sorted((expert_factors or {}).items())}
     return base | {
         "model_type": f"coalesce_{family}",
         "architectures": [model],
@@ -64,6 +69,7 @@ def config_json(
         },
         "experts_per_layer": {str(layer): n for layer, n in sorted(experts_per_layer.items())},
         **({} if expert_width is None else {"expert_width": width}),
+        **({"expert_factors": factors, "factor_axis": factor_axis} if factors else {}),
     }
 
 

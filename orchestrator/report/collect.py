@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from orchestrator import flops
+from orchestrator.config import RunConfig
 from orchestrator.events import read_events
 from orchestrator.preflight import Prepared
 from orchestrator.report.cautions import cautions, overlaps
@@ -83,7 +84,8 @@ def collect(found: Collected) -> dict[str, Any]:
                 "merge": config.merge.model_dump(mode="json"),
                 "narrow": config.narrow.model_dump(mode="json"),
                 "refit": config.refit.model_dump(mode="json"),
-                "export": config.export.model_dump(mode="json"),
+                **_compress(config),
+                "export": config.export.model_dump(mode="json", exclude={"compress"}),
             },
         },
         "format": config.export.format,
@@ -105,6 +107,11 @@ def collect(found: Collected) -> dict[str, Any]:
         "peak_rss_bytes": {n: each["peak_rss_bytes"] for n, each in course["stages"].items()},
         "gate": _export_result(found),
     }
+
+
+def _compress(config: RunConfig) -> dict[str, Any]:
+    section = config.compress
+    return {} if section is None else {"compress": section.model_dump(mode="json")}
 
 
 def _sizes(found: Collected) -> dict[str, Any]:

@@ -41,5 +41,5 @@ def open_reduced(
         with safe_open(path, framework="pt") as handle:
             places |= dict.fromkeys(handle.keys(), name)
     (folder / INDEX).write_text(json.dumps({"weight_map": places}))
-    (folder / "config.json").write_text(json.dumps(form.config_json(moe, decisions)))
+    (folder / "config.json").write_text(json.dumps(form.config_json(moe, decisions, export)))
     return open_streamed(folder, "float32", layers_only=True)

@@ -6,6 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from stages.compress.config import CompressConfig
 from stages.settings import Settings
 
 VERSION = 1
@@ -26,6 +27,8 @@ class ExportConfig(Settings):
     router_seed: int = Field(default=0, ge=0)
     # mapped only: up to this size, logits are compared with those of the expanded model.
     compare_limit_bytes: int = 8 << 30
+    # How experts are decomposed: the section `compress` of a run, put here for what writes files.
+    compress: CompressConfig | None = None
 
     @model_validator(mode="after")
     def _rows_are_cut(self) -> Self:

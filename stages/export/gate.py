@@ -78,14 +78,18 @@ def _expanded_difference(mapped: Any, base_config: dict[str, Any]) -> float:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     state = mapped.state_dict()
+    for name, module in mapped.named_modules():
+        if hasattr(module, "dense_tensors"):  # stored as U V + S
+            state = {n: t for n, t in state.items() if not n.startswith(f"{name}.") or "_map" in n}
+            state |= {f"{name}.{part}": t for part, t in module.dense_tensors().items()}
     for name in [n for n in state if n.endswith(".expert_map")]:
         slots = state.pop(name)
         block = name.removesuffix("expert_map")
         for part in [n for n in state if n.startswith(block)]:
             state[part] = state[part][slots]
-    plain = AutoModelForCausalLM.from_config(AutoConfig.for_model(**base_config))
+    plain = AutoModelForCausalLM.from_config(AutoConfig.for_model(**base_config)).float()
     plain.load_state_dict(state)
-    return float((_logits(plain.float().eval()) - _logits(mapped.float())).abs().max())
+    return float((_logits(plain.eval()) - _logits(mapped.float())).abs().max())
 
 
 if __name__ == "__main__":

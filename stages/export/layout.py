@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from models.checkpoint import FLOAT_NAMES
-from models.expert import Expert
+from models.factored import AnyExpert
 from models.moe import MoeCheckpoint
+from stages.compress.layer import applies, compress
 from stages.export.config import ExportConfig
 from stages.export.formats import FORMATS
+from stages.export.formats.mapped import kept_expert
 from stages.group.budget import Sizes
 from stages.group.decision import LayerDecision, from_labels
 from stages.group.width import Widths
@@ -98,7 +100,7 @@ def _file(
     infos = moe.checkpoint.tensors
     tensors = {form.dense_name(moe, n): infos[n].meta() for n in moe.dense_names(layer)}
     if decision is not None:
-        merged = [_meta_expert(moe, decision)] * len(decision.representatives)
+        merged = [_meta_expert(moe, decision, config)] * len(decision.representatives)
         routers = {name: infos[name].meta() for name in moe.router_names(decision.layer)}
         tensors |= form.layer_tensors(moe, decision, merged, routers, config)
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
@@ -106,11 +108,11 @@ def _file(
     return FileLayout(layer, nbytes, nbytes + _header_bytes(tensors), floats)
 
 
-def _meta_expert(moe: MoeCheckpoint, decision: LayerDecision) -> Expert:
-    expert = moe.meta_expert(decision.layer)
-    if decision.width is None:
+def _meta_expert(moe: MoeCheckpoint, decision: LayerDecision, config: ExportConfig) -> AnyExpert:
+    expert = kept_expert(moe, decision)
+    if config.compress is None or not applies(config.compress, decision.layer):
         return expert
-    return expert.select(torch.arange(decision.width, device="meta"))
+    return compress(expert, config.compress)
 
 
 def _header_bytes(tensors: Mapping[str, Tensor]) -> int:

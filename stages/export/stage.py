@@ -116,7 +116,7 @@ def assemble(unit: ExportUnit, folder: Path) -> None:
     total = sum(layout.tensor_bytes for layout in unit.layouts)
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     form = FORMATS[unit.config.format]
-    write_json(folder / "config.json", form.config_json(unit.moe, unit.decisions))
+    write_json(folder / "config.json", form.config_json(unit.moe, unit.decisions, unit.config))
     for name, path in form.extra_files().items():
         shutil.copyfile(path, folder / name)
     for name in _companions(unit.moe):

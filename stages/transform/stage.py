@@ -1,4 +1,4 @@
-"""The per-layer job: read a layer, align and merge its groups, narrow and refit, write its file.
+"""The per-layer job: read a layer, merge its groups, narrow, refit, decompose, write its file.
 
 Nothing else is needed than the layer's own tensors, its rows of the decision table and, for a
 refit, its input sample, so layers run anywhere, in any order, and the memory is that of one layer.
@@ -18,6 +18,7 @@ from models.atomic import staged
 from models.errors import CheckpointError
 from models.expert import Expert
 from models.expert_function import check_function
+from models.factored import AnyExpert
 from models.moe import MoeCheckpoint
 from models.routing import route
 from stages.align.config import VERSION as ALIGN_VERSION
@@ -25,6 +26,9 @@ from stages.align.config import AlignConfig
 from stages.align.matching import align, squared_distance
 from stages.align.sample import Seen, watched
 from stages.carry.read import carried
+from stages.compress.config import CompressConfig
+from stages.compress.layer import applies
+from stages.compress.unit import Sample, decompose, fingerprint
 from stages.errors import StatisticsError
 from stages.export.config import VERSION as EXPORT_VERSION
 from stages.export.config import ExportConfig
@@ -90,7 +94,7 @@ class TransformUnit(OneFile):
             "decision": None
             if decision is None
             else [list(decision.group), list(decision.representatives), list(decision.weight)],
-        } | self._reduction
+        } | (self._reduction | self._compression)
 
     @property
     def merges(self) -> bool:
@@ -123,6 +127,21 @@ class TransformUnit(OneFile):
     def refitted(self) -> bool:
         """Whether down projections are to be solved again in this layer."""
         return self.needs_inputs and self.refit.enabled is True
+
+    @property
+    def decomposes(self) -> CompressConfig | None:
+        """How this layer's experts are decomposed; None: they are not."""
+        config, decision = self.export.compress, self.decision
+        return None if decision is None or not applies(config, decision.layer) else config
+
+    @property
+    def _compression(self) -> Fingerprint:
+        config = self.decomposes
+        if config is None:
+            return {}
+        reads = config.needs_inputs or self.refit.enabled is True
+        digest = self.inputs[1] if reads and self.inputs is not None else None
+        return fingerprint(config, digest, self.refit)
 
     @property
     def _reduction(self) -> Fingerprint:
@@ -210,8 +229,9 @@ def run_one(unit: TransformUnit) -> dict[str, Any]:
             reduction = reduce_layer(unit, unit.decision, merged, routers)
             merged = reduction.experts
             result |= reduction.facts
-        tensors |= form.layer_tensors(unit.moe, unit.decision, merged, routers, unit.export)
-        result |= {"experts": len(merged)} | facts
+        experts, factored = decomposed(unit, unit.decision, merged, routers)
+        tensors |= form.layer_tensors(unit.moe, unit.decision, experts, routers, unit.export)
+        result |= factored | {"experts": len(merged)} | facts
     _refuse_non_finite(unit, tensors)
     with staged(unit.output) as path:
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -242,13 +262,54 @@ def reduce_layer(
 ) -> Reduction:
     """Narrows and refits the experts that are kept, routed as they will be.
 
+    Raises: as `sampled`.
+    """
+    sample = sampled(unit, decision, merged, routers)
+    return reduce_experts(
+        unit.moe,
+        merged,
+        decision.width,
+        sample.inputs,
+        (sample.ids, sample.gates),
+        unit.narrow,
+        unit.refit,
+        sample.target,
+    )
+
+
+def decomposed(
+    unit: TransformUnit,
+    decision: LayerDecision,
+    merged: list[Expert],
+    routers: dict[str, Tensor],
+) -> tuple[Sequence[AnyExpert], dict[str, Any]]:
+    """The kept experts as U V + S where the config asks for it, and what that leaves out.
+
+    Raises: as `sampled`.
+    """
+    config = unit.decomposes
+    if config is None:
+        return merged, {}
+    reads = config.needs_inputs or unit.refit.enabled is True
+    sample = sampled(unit, decision, merged, routers) if reads else None
+    return decompose(unit.moe, merged, config, unit.refit, sample)
+
+
+def sampled(
+    unit: TransformUnit,
+    decision: LayerDecision,
+    merged: list[Expert],
+    routers: dict[str, Tensor],
+) -> Sample:
+    """The layer's sampled inputs and where its reduced router sends them, weighed by the task.
+
     Raises:
         StatisticsError: there is no sample of what enters the layer.
         CheckpointError: the family's experts compute a function that is not known here.
     """
     if unit.inputs is None:
         raise StatisticsError(
-            f"{unit.name} is to be narrowed or refitted, and its inputs were not sampled",
+            f"{unit.name} is to be fitted to what enters it, and its inputs were not sampled",
             "set calibrate.sample.tokens, or refit.enabled=false and a method that keeps the width",
         )
     inputs = LayerInputs.read(unit.inputs[0])
@@ -266,9 +327,7 @@ def reduce_layer(
         scale = weights.sqrt()[:, None]
         inputs, gates = replace(inputs, gates=inputs.gates * scale), gates * scale
         target = None if target is None else target * scale
-    return reduce_experts(
-        unit.moe, merged, decision.width, inputs, (ids, gates), unit.narrow, unit.refit, target
-    )
+    return Sample(inputs, ids, gates, target)
 
 
 def _routing(
@@ -283,7 +342,7 @@ def _routing(
     fewer = len(merged) < unit.moe.num_experts
     if unit.export.format == "native" and (fewer or unit.export.router == "reinit"):
         tensors = form.layer_tensors(unit.moe, decision, merged, routers, unit.export)
-        config = form.config_json(unit.moe, [decision])
+        config = form.config_json(unit.moe, [decision], unit.export)
         cut = {name: tensors[name] for name in routers}
         return route(unit.moe, config, decision.layer, cut, inputs.hidden)
     group = torch.tensor([-1 if each is None else each for each in decision.group])

@@ -16,13 +16,21 @@ FIGURES = {
         "expert_parallel_counts_equal",
         "replicas_2_over_1",
         "peak_rss_bytes",
-    )
+    ),
+    "compress": (
+        "bytes_over_arithmetic",
+        "expert_memory_saved",
+        "flops_over_original",
+        "prefill_over_merged",
+        "decode_over_merged",
+        "perplexity_over_original_no_recovery",
+    ),
 }
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["alignment", "merge_shards", "observe"])
+@pytest.mark.parametrize("name", ["alignment", "merge_shards", "observe", "compress"])
 def test_a_quick_benchmark_ends_with_its_figures_as_json(name: str) -> None:
     words = [sys.executable, "-m", f"benchmarks.{name}", "--quick"]
     done = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, check=False)

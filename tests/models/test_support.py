@@ -23,6 +23,7 @@ from models.skeleton import check_dense_tensors
 from models.streaming.model import StreamedModel
 from models.support import FEATURES, matrix, require
 from stages.align.config import AlignConfig
+from stages.compress.config import CompressConfig
 from stages.export.config import ExportConfig
 from stages.export.formats import FORMATS
 from stages.export.layout import file_layouts
@@ -155,9 +156,23 @@ def expanded(found: Planted) -> None:
     assert {n: t.shape for n, t in written.items()} == {n: t.shape for n, t in stored.items()}
 
 
+def compress_experts(found: Planted) -> None:
+    """U V + S behind the map computes what U V + S written out into every slot does."""
+    section, logits = CompressConfig(rank=3, sparse=0.25), {}
+    for form in ("mapped", "expanded"):
+        export = ExportConfig(format=form, compress=section)
+        folder = compress(found.moe, found.decisions, found.folder / f"small-{form}", export)
+        model, info = open_family(folder)
+        assert not any(info.get(fault) for fault in ("missing_keys", "unexpected_keys"))
+        logits[form] = outputs(model)
+        if form == "mapped":
+            assert any(name.endswith("experts.down_proj.u") for name in model.state_dict())
+    assert (logits["mapped"] - logits["expanded"]).abs().max() < TOLERANCE
+
+
 DONE: dict[str, Callable[[Planted], None]] = {
     each.__name__: each for each in (observe, streaming, replicas, merge, native, mapped, expanded)
-}
+} | {"compress": compress_experts}
 
 
 # What is not --------------------------------------------------------------------------------------
@@ -180,7 +195,7 @@ def not_mapped(found: Planted) -> None:
 
 
 def not_compressed(found: Planted) -> None:
-    with pytest.raises(UnsupportedFeature, match="not compressed further yet"):
+    with pytest.raises(UnsupportedFeature, match=r"capacity|gate of their own"):
         require(found.moe.family, "compress")
 
 

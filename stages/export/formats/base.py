@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from models.expert import Expert
+from models.factored import AnyExpert
 from models.moe import MoeCheckpoint
 from stages.export.config import ExportConfig
 from stages.group.decision import LayerDecision
@@ -27,7 +27,7 @@ class Format(Protocol):
         self,
         moe: MoeCheckpoint,
         decision: LayerDecision,
-        merged: Sequence[Expert],
+        merged: Sequence[AnyExpert],
         routers: Mapping[str, Tensor],
         config: ExportConfig,
     ) -> dict[str, Tensor]:
@@ -36,7 +36,7 @@ class Format(Protocol):
         Args:
             moe: the original.
             decision: what becomes of the layer.
-            merged: one expert per group.
+            merged: one expert per group; decomposed where the config asks for it.
             routers: disk name -> the router's weight and biases, with all E entries.
             config: how the router is cut.
         """
@@ -44,7 +44,9 @@ class Format(Protocol):
     def dense_name(self, moe: MoeCheckpoint, name: str) -> str:
         """The name of a tensor outside router and experts."""
 
-    def config_json(self, moe: MoeCheckpoint, decisions: Sequence[LayerDecision]) -> dict[str, Any]:
+    def config_json(
+        self, moe: MoeCheckpoint, decisions: Sequence[LayerDecision], config: ExportConfig
+    ) -> dict[str, Any]:
         """The config.json of the output."""
 
     def extra_files(self) -> Mapping[str, Path]:

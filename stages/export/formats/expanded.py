@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from models.expert import Expert
+from models.factored import AnyExpert, plain
 from models.moe import MoeCheckpoint
 from stages.errors import BudgetError
 from stages.export.config import ExportConfig
@@ -30,12 +30,13 @@ class Expanded:
         self,
         moe: MoeCheckpoint,
         decision: LayerDecision,
-        merged: Sequence[Expert],
+        merged: Sequence[AnyExpert],
         routers: Mapping[str, Tensor],
         config: ExportConfig,
     ) -> dict[str, Tensor]:
         """E experts, members of a group alike, and the router untouched."""
-        slots = [merged[group] for group in decision.group if group is not None]
+        whole = [plain(expert) for expert in merged]
+        slots = [whole[group] for group in decision.group if group is not None]
         # safetensors stores no aliases: every slot needs memory of its own.
         copies = [expert.map(Tensor.clone) for expert in slots]
         return {
@@ -47,10 +48,12 @@ class Expanded:
         """Unchanged."""
         return name
 
-    def config_json(self, moe: MoeCheckpoint, decisions: Sequence[LayerDecision]) -> dict[str, Any]:
+    def config_json(
+        self, moe: MoeCheckpoint, decisions: Sequence[LayerDecision], config: ExportConfig
+    ) -> dict[str, Any]:
         """As many experts as before."""
-        config = moe.family.with_num_experts(moe.checkpoint.config, moe.num_experts)
-        return narrowed(moe, decisions, config)
+        original = moe.family.with_num_experts(moe.checkpoint.config, moe.num_experts)
+        return narrowed(moe, decisions, original)
 
     def extra_files(self) -> Mapping[str, Path]:
         """None."""

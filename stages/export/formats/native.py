@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.expert import Expert
+from models.factored import AnyExpert, plain
 from models.moe import MoeCheckpoint
 from models.skeleton import check_width
 from stages.errors import BudgetError
@@ -48,7 +48,7 @@ class Native:
         self,
         moe: MoeCheckpoint,
         decision: LayerDecision,
-        merged: Sequence[Expert],
+        merged: Sequence[AnyExpert],
         routers: Mapping[str, Tensor],
         config: ExportConfig,
     ) -> dict[str, Tensor]:
@@ -62,10 +62,13 @@ class Native:
         """Unchanged."""
         return name
 
-    def config_json(self, moe: MoeCheckpoint, decisions: Sequence[LayerDecision]) -> dict[str, Any]:
+    def config_json(
+        self, moe: MoeCheckpoint, decisions: Sequence[LayerDecision], config: ExportConfig
+    ) -> dict[str, Any]:
         """The original config with K experts."""
         kept = len(decisions[0].representatives)
-        return narrowed(moe, decisions, moe.family.with_num_experts(moe.checkpoint.config, kept))
+        original = moe.checkpoint.config
+        return narrowed(moe, decisions, moe.family.with_num_experts(original, kept))
 
     def extra_files(self) -> Mapping[str, Path]:
         """None."""
@@ -101,10 +104,12 @@ def check_widths(moe: MoeCheckpoint, decisions: Sequence[LayerDecision]) -> None
         check_width(moe, width)
 
 
-def named_experts(moe: MoeCheckpoint, layer: int, experts: Sequence[Expert]) -> dict[str, Tensor]:
-    """Disk name -> tensor, as the family stores its experts."""
+def named_experts(
+    moe: MoeCheckpoint, layer: int, experts: Sequence[AnyExpert]
+) -> dict[str, Tensor]:
+    """Disk name -> tensor, as the family stores its experts: whole matrices."""
     prefix = moe.family.block_prefix(layer)
-    packed = moe.family.experts.pack(experts)
+    packed = moe.family.experts.pack([plain(expert) for expert in experts])
     return {prefix + name: tensor for name, tensor in packed.items()}
 
 

@@ -76,7 +76,7 @@ def test_bytes_follow_from_the_width(family: str, multiple: int, tmp_path: Path)
     real = sum(each.file_bytes for each in file_layouts(moe, decisions, ExportConfig()))
     promised = found.widths.fixed + width * found.widths.per_neuron
     assert 0 <= promised - real < 8 * (len(moe.layers) + 1) * EXPERTS
-    config_json = FORMATS["native"].config_json(moe, decisions)
+    config_json = FORMATS["native"].config_json(moe, decisions, ExportConfig())
     assert config_json[moe.family.intermediate_key] == width
 
 

@@ -1,0 +1,82 @@
+"""One matrix of one expert as U V + S, in the type that it is stored in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from models.factored import Axis, Factored
+from stages.compress.config import CompressConfig
+from stages.compress.lowrank import at_least_fp32, rank_from_ratio, residual, truncated_factors
+from stages.compress.randomised import randomised_svd, worthwhile
+from stages.compress.sparse import cut, importance, kept_count, strongest
+from stages.compress.whiten import second_moments, whitened_factors
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Rank and number of kept rows or columns of one matrix [height, width]."""
+
+    height: int
+    width: int
+    rank: int
+    kept: int
+    axis: Axis
+
+    @property
+    def values(self) -> int:
+        """r (H + W) and what is kept of S; indices not counted."""
+        along = self.width if self.axis == "rows" else self.height
+        return self.rank * (self.height + self.width) + self.kept * along
+
+
+def shape_of(config: CompressConfig, height: int, width: int) -> Shape:
+    """What a matrix of this size becomes."""
+    rank = config.rank
+    if rank is None:
+        assert config.ratio is not None
+        wanted = rank_from_ratio(config.ratio, height, width)
+        rank = min(_even(wanted, config.multiple), height, width)
+    along = height if config.axis == "rows" else width
+    kept = kept_count(config.sparse, along)
+    if kept < along:
+        kept = min(_even(kept, config.multiple), along)
+    return Shape(height, width, rank, kept, config.axis)
+
+
+def _even(count: int, multiple: int) -> int:
+    """The nearest multiple (halves up), of what is not smaller than one."""
+    return count if count < multiple else (2 * count + multiple) // (2 * multiple) * multiple
+
+
+def factor(weight: Tensor, config: CompressConfig, inputs: Tensor | None = None) -> Factored:
+    """Decomposes `weight` [H, W]; on the meta device it gives the shapes alone.
+
+    Everything is computed in fp32 or better. S is what the *rounded* factors leave over, and is
+    rounded once itself.
+
+    Args:
+        inputs: [N, W] sampled inputs of the matrix times their gates; needed for whitening and
+            for importance by activations.
+    """
+    kind, shape = weight.dtype, shape_of(config, *weight.shape)
+    left, right = (each.to(kind).contiguous() for each in _factors(weight, shape, config, inputs))
+    rest = residual(weight, at_least_fp32(left), at_least_fp32(right))
+    seen = inputs if config.importance == "activations" else None
+    index = strongest(importance(rest, config.axis, seen), shape.kept)
+    kept = cut(rest, config.axis, index).to(kind).contiguous()
+    return Factored(left, right, index, kept, config.axis)
+
+
+def _factors(
+    weight: Tensor, shape: Shape, config: CompressConfig, inputs: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    if config.whiten and inputs is not None:
+        return whitened_factors(weight, shape.rank, second_moments(inputs, config.ridge))
+    auto = config.svd == "auto" and worthwhile(shape.rank, weight.shape)
+    if config.svd == "randomised" or auto:
+        left, values, right = randomised_svd(at_least_fp32(weight), shape.rank)
+        root = values.sqrt()
+        return left * root, root[:, None] * right
+    return truncated_factors(weight, shape.rank)

@@ -1,0 +1,94 @@
+"""All experts of one layer as U V + S, and what the sample says about each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.expert import Expert
+from models.expert_function import Activation, activations
+from models.factored import Factored, FactoredExpert
+from stages.compress.config import CompressConfig
+from stages.compress.factor import Shape, factor, shape_of
+from stages.compress.lowrank import at_least_fp32
+from stages.refit.usage import Usage
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The sampled inputs of a layer, and which of its kept experts they go to."""
+
+    hidden: Tensor  # [N, H] fp32
+    use: Sequence[Usage]  # one per kept expert
+    act: Activation
+
+
+def applies(config: CompressConfig | None, layer: int) -> bool:
+    """Whether the experts of this layer are decomposed."""
+    return config is not None and layer not in config.skip_layers
+
+
+def shapes(expert: Expert, config: CompressConfig) -> dict[str, Shape]:
+    """Field of `Expert` -> what its matrix becomes."""
+    matrices = {name: t for name, t in expert.tensors().items() if not name.endswith("_bias")}
+    return {name: shape_of(config, *tensor.shape) for name, tensor in matrices.items()}
+
+
+def compress(expert: Expert, config: CompressConfig) -> FactoredExpert:
+    """One expert from its weights alone; on the meta device, the shapes of any."""
+    return _assembled(expert, {n: factor(getattr(expert, n), config) for n in _names(expert)})
+
+
+@torch.inference_mode()
+def compress_layer(
+    experts: Sequence[Expert], config: CompressConfig, seen: Seen | None = None
+) -> list[FactoredExpert]:
+    """Every expert of a layer; `seen` where whitening or importance ask for it."""
+    if seen is None:
+        return [compress(expert, config) for expert in experts]
+    pairs = zip(experts, seen.use, strict=True)
+    return [_compress_seen(expert, config, seen, use) for expert, use in pairs]
+
+
+def _compress_seen(
+    expert: Expert, config: CompressConfig, seen: Seen, use: Usage
+) -> FactoredExpert:
+    """The down projection is decomposed on what the decomposed gate and up give it."""
+    x, gates = seen.hidden[use.tokens], use.gates.float()[:, None]
+    names = [name for name in _names(expert) if name != "down"]
+    found = {name: factor(getattr(expert, name), config, x * gates) for name in names}
+    halves = {name: each.dense() for name, each in found.items()}
+    made = Expert(**halves, down=expert.down, **_biases(expert)).map(at_least_fp32)
+    neurons = activations(made, x, seen.act)
+    return _assembled(expert, found | {"down": factor(expert.down, config, neurons * gates)})
+
+
+def errors(experts: Sequence[Expert], made: Sequence[FactoredExpert]) -> dict[str, Any]:
+    """Field -> |W - (U V + S)|^2 / |W|^2 over all experts of the layer."""
+    found = {}
+    for name in _names(experts[0]):
+        lost = energy = 0.0
+        for expert, each in zip(experts, made, strict=True):
+            whole = getattr(expert, name).double()
+            lost += float((whole - each.matrices()[name].dense().double()).square().sum())
+            energy += float(whole.square().sum())
+        found[name] = lost / max(energy, 1e-300)
+    return {"compress_error": found}
+
+
+def _names(expert: Expert) -> list[str]:
+    return [name for name in expert.tensors() if not name.endswith("_bias")]
+
+
+def _biases(expert: Expert) -> dict[str, Tensor]:
+    return {name: t for name, t in expert.tensors().items() if name.endswith("_bias")}
+
+
+def _assembled(expert: Expert, found: dict[str, Factored]) -> FactoredExpert:
+    return FactoredExpert(
+        up=found["up"], down=found["down"], gate=found.get("gate"), rest=_biases(expert)
+    )

@@ -1,0 +1,54 @@
+"""What is kept of S = W - U V: whole rows or columns, by importance (MC-SMoE after equation 3)."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from models.factored import Axis
+
+
+def kept_count(share: float, size: int) -> int:
+    """`share` of `size` rows, to the nearest whole one (halves up).
+
+    Raises:
+        ValueError: a share outside 0..1.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"the kept share must lie between 0 and 1, got {share}")
+    return int(Fraction(str(share)) * size + Fraction(1, 2))
+
+
+def importance(rest: Tensor, axis: Axis, inputs: Tensor | None = None) -> Tensor:
+    """Importance of every row [H] or column [W] of S `rest` [H, W].
+
+    Args:
+        inputs: X [N, W], scaled by the gates: the squared error that dropping the row or the
+            column alone makes on them. None, or no token: its squared norm.
+    """
+    if inputs is None or not len(inputs):
+        return rest.square().sum(dim=1 if axis == "rows" else 0)
+    seen = inputs.to(rest.dtype)
+    if axis == "rows":
+        return (seen @ rest.T).square().sum(dim=0)
+    return seen.square().sum(dim=0) * rest.square().sum(dim=0)
+
+
+def strongest(scores: Tensor, count: int) -> Tensor:
+    """[count] int64 positions of the highest scores, ascending; ties go to the lower position."""
+    return scores.argsort(descending=True, stable=True)[:count].sort().values
+
+
+def cut(rest: Tensor, axis: Axis, index: Tensor) -> Tensor:
+    """The chosen rows of S [n, W], or its chosen columns as rows [n, H]."""
+    return (rest if axis == "rows" else rest.T).index_select(0, index)
+
+
+def masked(rest: Tensor, axis: Axis, index: Tensor) -> Tensor:
+    """S [H, W] with everything but the chosen rows or columns set to zero."""
+    kept = torch.zeros_like(rest)
+    turned = kept if axis == "rows" else kept.T
+    turned.index_copy_(0, index, cut(rest, axis, index))
+    return kept
