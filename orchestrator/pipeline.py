@@ -44,11 +44,13 @@ def corpus_units(run: Prepared) -> list[CorpusUnit]:
                 config.calibrate.data,
                 run.tokenizer,
                 folder.calibration_tokens,
+                folder.fetched,
             )
         )
     if config.evaluate is not None:
         data = config.evaluate.data
-        units.append(CorpusUnit("corpus/evaluation", data, run.tokenizer, folder.evaluation_tokens))
+        tokens, fetched = folder.evaluation_tokens, folder.fetched
+        units.append(CorpusUnit("corpus/evaluation", data, run.tokenizer, tokens, fetched))
     return units
 
 
@@ -59,7 +61,7 @@ def calibrate_units(run: Prepared, engine: Engine) -> list[calibrate.ShardUnit]:
     inputs = {
         "model": run.model,
         "tokenizer": tokenizer_digest(run.tokenizer),
-        "data": data_digest(run.config.calibrate.data),
+        "data": data_digest(run.config.calibrate.data, run.folder.fetched),
         "corpus": read_digests(beside(run.folder.calibration_tokens)),
         "threads": str(run.config.executor.threads_per_unit),
     } | run_folder.autoep(run.config)

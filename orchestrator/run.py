@@ -46,6 +46,7 @@ from stages.merge.weights import with_weights
 from stages.subsample import stage as subsample
 from stages.transform import stage as transform
 from stages.unit import beside, read_marker
+from stages.upload import stage as upload
 from stages.verify import stage as verify
 
 
@@ -67,25 +68,14 @@ def run(prepared: Prepared, listeners: Sequence[Listener] = ()) -> Path:
     """Runs whatever is not done yet; returns the folder of the report."""
     folder = prepared.folder
     with _started(prepared, listeners) as (events, scheduler):
+        if prepared.config.upload is not None:
+            upload.claim(prepared.config.upload.url, folder.upload)
         statistics = _observe(prepared, scheduler, events)
         decided = _decide(prepared, scheduler, statistics, events)
         _write_models(prepared, scheduler, decided)
         measured = _measure(prepared, scheduler, decided)
-    with scheduler.here("report"):
-        found = Collected(
-            prepared=prepared,
-            statistics=statistics,
-            decisions=decided[0].decisions,
-            layouts=decided[0].layouts,
-            baseline_bytes={each.variant.name: each.file_bytes for each in decided[1:]},
-            measured=measured,
-            done=scheduler.done,
-        )
-        report = collect(found)
-        write_report(report, folder.report)
-        # What decides the result, and nothing about the machine that it was made on.
-        card = render_card(report, yaml.safe_dump(run_folder.settled(prepared.config)))
-        write_bytes(folder.output(MAIN) / "README.md", card.encode())
+        _report(prepared, scheduler, statistics, decided, measured)
+        _upload(prepared, scheduler)
     _remove_baselines(prepared)
     events.emit("run_done", report=str(folder.report / "index.html"))
     return folder.report
@@ -259,6 +249,44 @@ def _measure(
     for unit, done in zip([*first, *rest], outcomes, strict=True):
         results.setdefault(unit.variant, {})[unit.domain] = done.result
     return {variant: evaluate.reduce(by_domain) for variant, by_domain in results.items()}
+
+
+def _report(
+    prepared: Prepared,
+    scheduler: Scheduler,
+    statistics: pa.Table,
+    decided: Sequence[Decided],
+    measured: dict[str, dict[str, Any]],
+) -> None:
+    """The report, and the model card in the output."""
+    folder = prepared.folder
+    with scheduler.here("report"):
+        found = Collected(
+            prepared=prepared,
+            statistics=statistics,
+            decisions=decided[0].decisions,
+            layouts=decided[0].layouts,
+            baseline_bytes={each.variant.name: each.file_bytes for each in decided[1:]},
+            measured=measured,
+            done=scheduler.done,
+        )
+        report = collect(found)
+        write_report(report, folder.report)
+        # What decides the result, and nothing about the machine that it was made on.
+        card = render_card(report, yaml.safe_dump(run_folder.settled(prepared.config)))
+        write_bytes(folder.output(MAIN) / "README.md", card.encode())
+
+
+def _upload(prepared: Prepared, scheduler: Scheduler) -> None:
+    """Sends every file of the output, and when all have arrived the one that makes it count."""
+    target = prepared.config.upload
+    if target is None:
+        return
+    units = upload.plan(prepared.folder.output(MAIN), target.url, prepared.folder.upload)
+    upload.forget_stale(units)
+    scheduler.run("upload", units[:-1], upload.run_one, estimate.PROCESS_BYTES)
+    upload.check_complete(units[:-1])
+    scheduler.run("upload", units[-1:], upload.run_one, estimate.PROCESS_BYTES)
 
 
 def _remove_baselines(prepared: Prepared) -> None:

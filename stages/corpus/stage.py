@@ -29,6 +29,8 @@ class CorpusUnit(OneFile):
     config: CorpusConfig
     tokenizer: Path
     output: Path
+    # Where text from behind URLs lies; its files were looked at before the run.
+    fetched: Path | None = None
 
     @property
     def fingerprint(self) -> Fingerprint:
@@ -37,7 +39,7 @@ class CorpusUnit(OneFile):
             "code": f"corpus-{VERSION}",
             "config": self.config.model_dump(mode="json"),
             "tokenizer": tokenizer_digest(self.tokenizer),
-            "data": data_digest(self.config),
+            "data": data_digest(self.config, self.fetched),
         }
 
 
@@ -47,7 +49,7 @@ def run_one(unit: CorpusUnit) -> dict[str, Any]:
     Raises:
         DataError: no document of a source has a single token.
     """
-    blocks = list(_blocks(unit.config, load_tokenizer(unit.tokenizer)))
+    blocks = list(_blocks(unit.config, load_tokenizer(unit.tokenizer), unit.fetched))
     blocks.sort(key=lambda block: block.domain)
     table = pa.table(
         {
@@ -112,19 +114,19 @@ def tokenizer_digest(folder: Path) -> str:
     return text_digest({path.name: file_digest(path) for path in files})
 
 
-def data_digest(config: CorpusConfig) -> str:
-    """Digest of the content of all local files, and of the names of hub datasets."""
+def data_digest(config: CorpusConfig, fetched: Path | None = None) -> str:
+    """Digest of the content of all files, and of the names of hub datasets."""
     content = {
-        source.path: [quick_digest(Path(f)) for f in local_files(source)] or source.split
+        source.path: [quick_digest(Path(f)) for f in local_files(source, fetched)] or source.split
         for source in config.sources
     }
     return text_digest(content)
 
 
-def _blocks(config: CorpusConfig, tokenizer: Any) -> Iterator[Block]:
+def _blocks(config: CorpusConfig, tokenizer: Any, fetched: Path | None) -> Iterator[Block]:
     budgets = split_budget(config.tokens, [source.weight for source in config.sources])
     for source, budget in zip(config.sources, budgets, strict=True):
-        by_domain = documents(source, config.seed)
+        by_domain = documents(source, config.seed, fetched)
         shares = split_budget(budget, [1.0] * len(by_domain))
         for (domain, texts), share in zip(by_domain.items(), shares, strict=True):
             if share < 2:
