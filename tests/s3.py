@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -9,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,37 @@ class Store:
             ].read()
             for each in found
         }
+
+    def modified(self, url: str) -> dict[str, Any]:
+        """Key below the URL -> when it was written."""
+        bucket, _, prefix = url.removeprefix("s3://").partition("/")
+        found = self.client.list_objects_v2(Bucket=bucket, Prefix=f"{prefix}/")["Contents"]
+        return {each["Key"].removeprefix(f"{prefix}/"): each["LastModified"] for each in found}
+
+    def users(self, **actions: str) -> list[Store]:
+        """From now on keys are checked. The same store for users who may do one kind of action."""
+        import boto3
+        import urllib3
+
+        # So many calls are still answered whoever asks.
+        calls = str(3 * len(actions)).encode()
+        urllib3.request("POST", f"{self.url}/moto-api/reset-auth", body=calls)
+        iam = boto3.client(
+            "iam",
+            endpoint_url=self.url,
+            aws_access_key_id=self.key,
+            aws_secret_access_key=self.secret,
+            region_name="us-east-1",
+        )
+        found = []
+        for name, action in actions.items():
+            iam.create_user(UserName=name)
+            statement = {"Effect": "Allow", "Action": action, "Resource": "*"}
+            policy = json.dumps({"Version": "2012-10-17", "Statement": [statement]})
+            iam.put_user_policy(UserName=name, PolicyName="only", PolicyDocument=policy)
+            made = iam.create_access_key(UserName=name)["AccessKey"]
+            found.append(replace(self, key=made["AccessKeyId"], secret=made["SecretAccessKey"]))
+        return found
 
 
 @contextmanager
