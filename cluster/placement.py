@@ -13,11 +13,16 @@ class Homes:
     def __init__(self) -> None:
         self._nodes: dict[str, str] = {}
 
-    def remember(self, unit: Any, node: str) -> None:
-        """The unit has run there, so what it reads lies there."""
+    def remember(self, unit: Any, node: str, result: Any = None) -> None:
+        """The unit has run there, so what it reads lies there; unless it says that it was done
+        before (`resumed`), and so read nothing."""
         key = key_of(unit)
-        if key is not None:
+        if key is not None and not getattr(result, "resumed", False):
             self._nodes[key] = node
+
+    def settle(self, key: str, node: str) -> None:
+        """A node says that it holds this; the first that says so has it."""
+        self._nodes.setdefault(key, node)
 
     def choose(
         self,

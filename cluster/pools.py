@@ -73,7 +73,7 @@ class _TaskPool(Pool):
     def take(self, ref: ray.ObjectRef, unit: Any, answer: Any) -> Any:
         """See `Pool`."""
         node, result = answer
-        self.executor.homes.remember(unit, node)
+        self.executor.homes.remember(unit, node, result)
         return result
 
 
@@ -104,7 +104,7 @@ class _ActorPool(Pool):
     def take(self, ref: ray.ObjectRef, unit: Any, answer: Any) -> Any:
         """See `Pool`."""
         self._busy[ref].node, result = answer
-        self.executor.homes.remember(unit, answer[0])
+        self.executor.homes.remember(unit, answer[0], result)
         return result
 
     def release(self, refs: list[ray.ObjectRef], *, lost: bool) -> None:

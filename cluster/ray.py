@@ -12,6 +12,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +20,7 @@ from typing import Any, Self
 
 import ray
 import ray.exceptions as failures
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.errors import InfrastructureError, LostPeer
 from cluster.executor import (
@@ -53,6 +55,8 @@ _LOST = (
 _MEMORY_PAUSE_SECONDS = 2.0
 # While no unit ends, the cluster's head is looked for as often as this.
 _LOOK_SECONDS = 5.0
+# Knowing where files lie saves traffic; it is nothing to wait long for.
+_LOCATE_SECONDS = 60.0
 
 
 class RayExecutor:
@@ -106,6 +110,16 @@ class RayExecutor:
     def check_shared(self, run: Path, inputs: Sequence[Path]) -> None:
         """A task on every node reads a file that this process writes, and answers with one."""
         check_shared(run, inputs)
+
+    def locate(self, held: Callable[[], Sequence[str]]) -> None:
+        """A task on every node that runs units; one that does not answer is not asked again."""
+        nodes = [node for node, count in self.slots(Resources()).items() if count]
+        asked = {node: ray.remote(_call).options(**_only(node)).remote(held) for node in nodes}
+        ray.wait([*asked.values()], num_returns=len(asked), timeout=_LOCATE_SECONDS)
+        for node, answer in asked.items():
+            with suppress(failures.RayError, failures.GetTimeoutError):
+                for key in ray.get(answer, timeout=0):
+                    self.homes.settle(key, node)
 
     def _width(self, job: Job[Any, Any]) -> int:
         """Units in flight: as many as fit the nodes, and no more than the configured workers.
@@ -172,6 +186,15 @@ class RayExecutor:
     ) -> None:
         # Stops the cluster only when this process started it; otherwise it disconnects.
         ray.shutdown()
+
+
+def _call(function: Callable[[], R]) -> R:
+    return function()
+
+
+def _only(node: str) -> dict[str, Any]:
+    strategy = NodeAffinitySchedulingStrategy(node, soft=False)
+    return {"num_cpus": 0, "max_retries": 0, "scheduling_strategy": strategy}
 
 
 def _needs(resources: Resources) -> dict[str, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from models.errors import DiskFull
+from models.errors import DiskFull, StorageError
 from orchestrator import engine, estimate, samples
 from orchestrator.preflight import Prepared, expected_layouts
 
@@ -82,17 +82,23 @@ def fetched_bytes(run: Prepared) -> int:
 
 def cache_bytes(run: Prepared) -> int:
     """Weights that this node's cache lacks, if one node fetches all; 0 without a cache."""
-    origin = run.moe.checkpoint.origin
+    origin, checkpoint = run.moe.checkpoint.origin, run.moe.checkpoint
     if origin is None or origin.cache is None:
         return 0
-    return origin.missing_bytes(run.moe.checkpoint.files)
+    try:
+        return origin.missing_bytes(checkpoint.files)
+    except StorageError:  # the login node of a cluster has no cache
+        return checkpoint.file_bytes
 
 
 def _check_cache(run: Prepared) -> None:
     origin, needed = run.moe.checkpoint.origin, cache_bytes(run)
     if origin is None or not needed:
         return
-    free = _free(origin.place)
+    try:
+        free = _free(origin.place)
+    except StorageError:
+        return
     if needed > free:
         raise DiskFull(
             f"the cache {origin.place} lacks {needed:,} bytes of the checkpoint, {free:,} are free",

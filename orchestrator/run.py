@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import yaml
 
 from models.arrow import read_table, write_table
 from models.atomic import file_digest, write_bytes, write_json
+from models.remote.origin import held_here
 from orchestrator import engine, estimate, pipeline, run_folder, samples, shared
 from orchestrator.events import EventLog, Listener
 from orchestrator.interrupt import heeding_signals
@@ -102,6 +104,9 @@ def _started(
     events.emit("run_started", run=str(folder.root), resumes=prepared.resumes)
     with exclusive(folder), open_executor(config) as executor, heeding_signals() as stop:
         shared.check(prepared, executor)
+        checkpoint = prepared.moe.checkpoint
+        if checkpoint.origin is not None and checkpoint.origin.cache is not None:
+            executor.locate(partial(held_here, checkpoint.folder))
         events.listen(executor.heed)
         yield events, Scheduler(executor, events, config.gpus_per_worker, stop, folder.logs)
         _sweep(folder)

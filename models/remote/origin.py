@@ -104,12 +104,13 @@ class Origin:
         return sorted(name for name in self.files if is_metadata(name))
 
     def missing_bytes(self, files: Sequence[str]) -> int:
-        """Bytes of these files that this node does not have yet."""
-        return sum(
-            max(self.files[file].bytes, 0)
-            for file in files
-            if file in self.files and not (self.place / file).exists()
-        )
+        """Bytes of these files that this node does not have yet.
+
+        Raises:
+            StorageError: as `place`.
+        """
+        lacking = (self.files[file] for file in files if not (self.place / file).exists())
+        return sum(max(each.bytes, 0) for each in lacking)
 
     def identity(self, file: str) -> str:
         """A word that changes with the content of a file; of a local one, what it always has."""
@@ -169,3 +170,11 @@ def catalogue(url: str, parent: Path, cache: str | None) -> Path:
     folder = parent / url_key(json.dumps([url, versions], sort_keys=True))
     Origin(folder, url, known, cache).fill()
     return folder
+
+
+def held_here(folder: Path) -> list[str]:
+    """The homes (`Checkpoint.home`) whose files this node has in its cache already."""
+    origin = Origin.read(folder)
+    if origin is None or origin.cache is None:
+        return []
+    return [f"{folder.name}/{file}" for file in origin.weights if (origin.place / file).exists()]

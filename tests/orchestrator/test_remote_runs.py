@@ -46,23 +46,32 @@ def output_of(run_dir: Path) -> dict[str, str]:
     return {n: d for n, d in snapshot(run_dir / "output").items() if n != "README.md"}
 
 
-def test_a_run_from_and_to_s3_has_the_bytes_of_a_local_one(
-    inputs: Inputs, store: Store, coalesce: Command
+def test_a_run_from_and_to_s3_on_ray_has_the_bytes_of_a_local_one(
+    inputs: Inputs, store: Store
 ) -> None:
     local = inputs.recipe(
         run_dir=str(inputs.root / "local"),
         **evaluated([{"path": str(inputs.text), "domain": "prose"}]),
     )
     run(prepare(load(str(local)).config))
-    recipe = remote_recipe(inputs, store, "whole", upload={"url": "s3://whole/out"})
-    outcome = coalesce("run", recipe)
-    assert outcome.code == 0, outcome.err
+    remote_recipe(
+        inputs,
+        store,
+        "whole",
+        upload={"url": "s3://whole/out"},
+        cache={"dir": str(inputs.root / "cache")},
+        executor={"kind": "ray", "workers": 2},
+    )
+    with driver(inputs, store) as remote:
+        remote.succeed()
     assert output_of(inputs.run_dir) == output_of(inputs.root / "local")
+    assert len(list(inputs.root.glob("cache/*/model.safetensors"))) == 1
+    assert not list(inputs.run_dir.glob("fetched/*/model.safetensors"))
     sent = store.objects("s3://whole/out")
     output = inputs.run_dir / "output"
     assert set(sent) == {path.name for path in output.iterdir()} | {"coalesce.json"}
     assert all(sent[path.name] == path.read_bytes() for path in output.iterdir())
-    assert leaked(inputs.run_dir, SECRET, KEY) == []
+    assert leaked(inputs.root, SECRET, KEY) == []
 
 
 def driver(inputs: Inputs, store: Store, holds: Path | None = None) -> Driver:
