@@ -67,7 +67,9 @@ def listed(url: str) -> dict[str, Stored]:
         files = {name: info for name, info in found.items() if info.get("type") != "directory"}
         if not files:
             _check_bucket(fs, url)
-        return {_relative(name, base): _stored(info) for name, info in sorted(files.items())}
+        # A web server's listing is names alone.
+        whole = {n: i if i.get("size") is not None else fs.info(n) for n, i in files.items()}
+        return {_relative(name, base): _stored(info) for name, info in sorted(whole.items())}
 
 
 def head(url: str, count: int) -> bytes:

@@ -10,9 +10,6 @@ from typing import Any
 
 import pytest
 
-from orchestrator.load import load
-from orchestrator.preflight import prepare
-from orchestrator.run import run
 from tests.cluster.faults import Driver, Holds, environment, kill
 from tests.orchestrator.tiny_run import Command, Inputs, snapshot
 from tests.s3 import KEY, SECRET, Store, serving, talking_to
@@ -38,7 +35,7 @@ def remote_recipe(inputs: Inputs, store: Store, bucket: str, **changes: Any) -> 
 
 def evaluated(sources: list[dict[str, Any]]) -> dict[str, Any]:
     data = {"sources": sources, "tokens": 256, "sequence_length": 16}
-    return {"evaluate": {"data": data, "baselines": ["reap"], "kl_positions": 32}}
+    return {"evaluate": {"data": data, "baselines": [], "kl_positions": 0}}
 
 
 def output_of(run_dir: Path) -> dict[str, str]:
@@ -47,13 +44,8 @@ def output_of(run_dir: Path) -> dict[str, str]:
 
 
 def test_a_run_from_and_to_s3_on_ray_has_the_bytes_of_a_local_one(
-    inputs: Inputs, store: Store
+    inputs: Inputs, finished: Inputs, store: Store
 ) -> None:
-    local = inputs.recipe(
-        run_dir=str(inputs.root / "local"),
-        **evaluated([{"path": str(inputs.text), "domain": "prose"}]),
-    )
-    run(prepare(load(str(local)).config))
     remote_recipe(
         inputs,
         store,
@@ -64,7 +56,7 @@ def test_a_run_from_and_to_s3_on_ray_has_the_bytes_of_a_local_one(
     )
     with driver(inputs, store) as remote:
         remote.succeed()
-    assert output_of(inputs.run_dir) == output_of(inputs.root / "local")
+    assert output_of(inputs.run_dir) == output_of(finished.run_dir)
     assert len(list(inputs.root.glob("cache/*/model.safetensors"))) == 1
     assert not list(inputs.run_dir.glob("fetched/*/model.safetensors"))
     sent = store.objects("s3://whole/out")
