@@ -13,7 +13,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "Python 3.11 or newer is needed; name one with PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,deepspeed,jobs]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,deepspeed,jobs,s3]'
 	@touch $@
 
 demo: setup

@@ -45,6 +45,9 @@ class Replicas(Generic[T, R]):
 class Job(Generic[T, R]):
     """How to run units of one kind.
 
+    A unit may have a `near`: units with the same one read the same file of a node's cache, and
+    run, where a slot is free there, on the node that has it.
+
     `make_worker` is called once per worker and returns the function that runs one unit; what it
     holds (a loaded model) then serves many units. `stateful` says whether that is worth a
     long-lived process. Everything must be picklable.
@@ -110,6 +113,13 @@ class Executor(Protocol):
 
         Raises:
             NotShared: names the nodes and what they do not see.
+        """
+
+    def locate(self, held: Callable[[], Sequence[str]]) -> None:
+        """Asks every node which files it holds; units that are `near` one of them go there first.
+
+        Args:
+            held: called on the node; gives the `near` of units that would find their bytes there.
         """
 
     def __enter__(self) -> Self: ...

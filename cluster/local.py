@@ -35,6 +35,9 @@ class LocalExecutor:
     def check_shared(self, run: Path, inputs: Sequence[Path]) -> None:
         """One process sees what it sees."""
 
+    def locate(self, held: Callable[[], Sequence[str]]) -> None:
+        """There is one node."""
+
     def heed(self, event: Mapping[str, Any]) -> None:
         """One process keeps no metrics."""
 

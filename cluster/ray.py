@@ -12,6 +12,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +20,7 @@ from typing import Any, Self
 
 import ray
 import ray.exceptions as failures
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.errors import InfrastructureError, LostPeer
 from cluster.executor import (
@@ -29,14 +31,15 @@ from cluster.executor import (
     R,
     Resources,
     T,
-    fix_threads,
     ignore,
     never,
 )  # fmt: skip
 from cluster.head import Head
 from cluster.losses import in_short, short_of_memory
 from cluster.metrics import Metrics
-from cluster.replica import Replica, replicas_that_fit
+from cluster.placement import Homes
+from cluster.pools import Pool, pool_of
+from cluster.replica import replicas_that_fit
 from cluster.shared import check_shared
 
 # Small results only; Ray's default would reserve 30 % of the memory.
@@ -52,6 +55,8 @@ _LOST = (
 _MEMORY_PAUSE_SECONDS = 2.0
 # While no unit ends, the cluster's head is looked for as often as this.
 _LOOK_SECONDS = 5.0
+# Knowing where files lie saves traffic; it is nothing to wait long for.
+_LOCATE_SECONDS = 60.0
 
 
 class RayExecutor:
@@ -73,6 +78,8 @@ class RayExecutor:
         self._threads = threads
         self._budgets: dict[Cause, int] = {"lost": max_retries, "out_of_memory": memory_retries}
         self.metrics = Metrics()
+        # Of all stages of a run: what one fetches to a node, the next one reads there.
+        self.homes = Homes()
 
     def imap(
         self,
@@ -82,7 +89,7 @@ class RayExecutor:
         heed: Heed = ignore,
     ) -> Iterator[tuple[int, R]]:
         """Runs the units with a bounded number in flight."""
-        pool = _pool_of(self, job)
+        pool = pool_of(self, job)
         try:
             yield from _drive(pool, units, min(self._width(job), len(units)), stop, heed)
         except failures.RayTaskError:
@@ -104,6 +111,16 @@ class RayExecutor:
         """A task on every node reads a file that this process writes, and answers with one."""
         check_shared(run, inputs)
 
+    def locate(self, held: Callable[[], Sequence[str]]) -> None:
+        """A task on every node that runs units; one that does not answer is not asked again."""
+        nodes = [node for node, count in self.slots(Resources()).items() if count]
+        asked = {node: ray.remote(_call).options(**_only(node)).remote(held) for node in nodes}
+        ray.wait([*asked.values()], num_returns=len(asked), timeout=_LOCATE_SECONDS)
+        for node, answer in asked.items():
+            with suppress(failures.RayError, failures.GetTimeoutError):
+                for key in ray.get(answer, timeout=0):
+                    self.homes.settle(key, node)
+
     def _width(self, job: Job[Any, Any]) -> int:
         """Units in flight: as many as fit the nodes, and no more than the configured workers.
 
@@ -113,9 +130,9 @@ class RayExecutor:
             InfrastructureError: no node can hold a single one.
         """
         resources, ranks = job.resources, job.replicas.ranks if job.replicas else 1
-        needs = {"CPU": resources.cpus, "GPU": resources.gpus, "memory": resources.memory_bytes}
+        needs = _needs(resources)
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        each = [_fits(needs, node) for node in nodes]
+        each = list(self.slots(resources).values())
         room = replicas_that_fit(each, job.replicas) if job.replicas else sum(each)
         if not room:
             most = {name: max(int(node.get(name, 0)) for node in nodes) for name in needs}
@@ -124,6 +141,12 @@ class RayExecutor:
                 f"no node can hold {what} needs {needs}, the largest nodes have {most}"
             )
         return max(min(room, self._wanted // ranks), 1) if self._wanted else room
+
+    def slots(self, resources: Resources) -> dict[str, int]:
+        """Node -> how many such units fit on it."""
+        needs = _needs(resources)
+        alive = (node for node in ray.nodes() if node["Alive"])
+        return {node["NodeID"]: _fits(needs, node["Resources"]) for node in alive}
 
     def options(self, resources: Resources) -> dict[str, Any]:
         """Ray's options for one unit or actor."""
@@ -165,133 +188,22 @@ class RayExecutor:
         ray.shutdown()
 
 
+def _call(function: Callable[[], R]) -> R:
+    return function()
+
+
+def _only(node: str) -> dict[str, Any]:
+    strategy = NodeAffinitySchedulingStrategy(node, soft=False)
+    return {"num_cpus": 0, "max_retries": 0, "scheduling_strategy": strategy}
+
+
+def _needs(resources: Resources) -> dict[str, int]:
+    return {"CPU": resources.cpus, "GPU": resources.gpus, "memory": resources.memory_bytes}
+
+
 def _fits(needs: dict[str, int], node: dict[str, float]) -> int:
     """How many workers a node can hold."""
     return min(int(node.get(name, 0) // need) for name, need in needs.items() if need)
-
-
-class _Pool:
-    """Starts bundles of units and says what to do when a worker is lost."""
-
-    # Most units that are started together.
-    bundle = 1
-    # Seconds that the processes of a bundle may end apart.
-    patience = math.inf
-
-    def __init__(self, executor: RayExecutor, job: Job[Any, Any]) -> None:
-        self.executor = executor
-        self.job = job
-
-    def start(self, units: Sequence[Any]) -> list[ray.ObjectRef]:
-        """One reference per process. The first give the results of the units, in their order;
-        whatever further ones give is not looked at, they only have to end well."""
-        raise NotImplementedError
-
-    def release(self, refs: list[ray.ObjectRef], *, lost: bool) -> None:
-        """Called once for everything started, when it ended or a worker of it was lost."""
-
-    def close(self) -> None:
-        """Frees whatever the pool holds."""
-
-
-class _TaskPool(_Pool):
-    def __init__(self, executor: RayExecutor, job: Job[Any, Any]) -> None:
-        super().__init__(executor, job)
-        options = executor.options(job.resources)
-        # Made once: every new remote function is sent to the head node and stays there.
-        self._task = ray.remote(_run_task).options(max_retries=0, **options)
-
-    def start(self, units: Sequence[Any]) -> list[ray.ObjectRef]:
-        task = self._task
-        return [task.remote(self.job.make_worker, each, self.executor.threads) for each in units]
-
-
-class _ActorPool(_Pool):
-    """Keeps one actor per unit in flight; a lost actor is replaced, its unit is run again."""
-
-    def __init__(self, executor: RayExecutor, job: Job[Any, Any]) -> None:
-        super().__init__(executor, job)
-        self._idle: list[Any] = []
-        self._busy: dict[ray.ObjectRef, Any] = {}
-
-    def start(self, units: Sequence[Any]) -> list[ray.ObjectRef]:
-        (unit,) = units
-        actor = self._idle.pop() if self._idle else self._new_actor()
-        ref = actor.run.remote(unit)
-        self._busy[ref] = actor
-        return [ref]
-
-    def release(self, refs: list[ray.ObjectRef], *, lost: bool) -> None:
-        actor = self._busy.pop(refs[0])
-        if not lost:
-            self._idle.append(actor)
-
-    def close(self) -> None:
-        for actor in [*self._idle, *self._busy.values()]:
-            ray.kill(actor)
-
-    def _new_actor(self) -> Any:
-        options = self.executor.options(self.job.resources)
-        actor = ray.remote(_Worker).options(max_restarts=0, **options)
-        return actor.remote(self.job.make_worker, self.executor.threads)
-
-
-class _ReplicaPool(_Pool):
-    """Keeps one replica per bundle in flight; with one rank lost, the whole replica is replaced."""
-
-    def __init__(self, executor: RayExecutor, job: Job[Any, Any]) -> None:
-        super().__init__(executor, job)
-        assert job.replicas is not None
-        self.bundle, self.patience = job.replicas.ranks, job.replicas.timeout_s
-        self._idle: list[Replica] = []
-        self._busy: dict[ray.ObjectRef, Replica] = {}
-
-    def start(self, units: Sequence[Any]) -> list[ray.ObjectRef]:
-        replica = self._idle.pop() if self._idle else self._new_replica()
-        refs = replica.run(units)
-        self._busy[refs[0]] = replica
-        return refs
-
-    def release(self, refs: list[ray.ObjectRef], *, lost: bool) -> None:
-        replica = self._busy.pop(refs[0])
-        if lost:
-            replica.kill()
-        else:
-            self._idle.append(replica)
-
-    def close(self) -> None:
-        for replica in [*self._idle, *self._busy.values()]:
-            replica.kill()
-
-    def _new_replica(self) -> Replica:
-        assert self.job.replicas is not None
-        options = self.executor.options(self.job.resources)
-        return Replica(self.job.replicas, options, self.executor.threads)
-
-
-def _pool_of(executor: RayExecutor, job: Job[Any, Any]) -> _Pool:
-    if job.replicas is not None:
-        return _ReplicaPool(executor, job)
-    return (_ActorPool if job.stateful else _TaskPool)(executor, job)
-
-
-class _Worker:
-    """An actor that makes its worker once, when the first unit arrives."""
-
-    def __init__(self, make_worker: Callable[[], Callable[[Any], Any]], threads: int) -> None:
-        fix_threads(threads)
-        self._make_worker = make_worker
-        self._worker: Callable[[Any], Any] | None = None
-
-    def run(self, unit: Any) -> Any:
-        if self._worker is None:
-            self._worker = self._make_worker()
-        return self._worker(unit)
-
-
-def _run_task(make_worker: Callable[[], Callable[[T], R]], unit: T, threads: int) -> R:
-    fix_threads(threads)
-    return make_worker()(unit)
 
 
 @dataclass
@@ -301,12 +213,14 @@ class _Flight:
     bundle: list[int]
     refs: list[ray.ObjectRef]
     open: list[ray.ObjectRef]  # those that have not ended
+    # The node that it was sent to; None: Ray chose.
+    node: str | None = None
     # When all must have ended; set once the first has.
     deadline: float = math.inf
 
 
 def _drive(
-    pool: _Pool, units: Sequence[Any], width: int, stop: Callable[[], bool], heed: Heed
+    pool: Pool, units: Sequence[Any], width: int, stop: Callable[[], bool], heed: Heed
 ) -> Iterator[tuple[int, Any]]:
     """Feeds units into the pool, `width` bundles at a time, and yields results as they end."""
     waiting = list(reversed(range(len(units))))
@@ -316,9 +230,10 @@ def _drive(
         while waiting and len(running) < width and not stop():
             # The last units are spread over the free replicas, not packed into one.
             share = -(-len(waiting) // (width - len(running)))
-            bundle = [waiting.pop() for _ in range(min(pool.bundle, share))]
-            refs = pool.start([units[index] for index in bundle])
-            running.append(_Flight(bundle, refs, list(refs)))
+            turn, node = pool.choose(waiting, units, Counter(each.node for each in running))
+            bundle = [turn, *(waiting.pop() for _ in range(min(pool.bundle, share) - 1))]
+            refs = pool.start([units[index] for index in bundle], node)
+            running.append(_Flight(bundle, refs, list(refs), node))
         pool.executor.metrics.in_flight(sum(len(flight.bundle) for flight in running))
         if not running:
             return
@@ -340,13 +255,15 @@ def _drive(
             pool.release(ended.refs, lost=len(ended.refs) > 1)
             raise own or error from error
         else:
-            results = ray.get(ended.refs[: len(ended.bundle)])
+            answers = ray.get(ended.refs[: len(ended.bundle)])
+            answered = zip(ended.refs, ended.bundle, answers, strict=False)
+            results = [pool.take(ref, units[turn], each) for ref, turn, each in answered]
             pool.release(ended.refs, lost=False)
             yield from zip(ended.bundle, results, strict=True)
 
 
 def _spend(
-    pool: _Pool,
+    pool: Pool,
     units: Sequence[Any],
     bundle: Sequence[int],
     error: BaseException | None,

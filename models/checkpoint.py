@@ -6,11 +6,13 @@ import json
 import math
 import struct
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from models.atomic import quick_digest
 from models.errors import CheckpointError
+from models.remote.origin import Origin
 
 if TYPE_CHECKING:
     import torch
@@ -48,12 +50,17 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder with config.json and safetensors. Opening it reads headers only."""
+    """A folder with config.json and safetensors. Opening it reads headers only.
+
+    Where the weights lie behind a URL, the folder is a catalogue (`models/remote/origin.py`), and a
+    file is fetched when something in it is first read.
+    """
 
     folder: Path
     tensors: dict[str, TensorInfo]
     config: dict[str, Any]
     files: tuple[str, ...]
+    origin: Origin | None = field(default=None, kw_only=True)
 
     @classmethod
     def open(cls, folder: Path, *, allow_links: bool = False) -> Checkpoint:
@@ -72,16 +79,17 @@ class Checkpoint:
                 f"no checkpoint folder at {folder}",
                 "give a local folder or a hub name that can be downloaded",
             )
-        config = _read_json(folder / "config.json")
-        wanted = _weight_map(folder)
+        config, origin = _read_json(folder / "config.json"), Origin.read(folder)
+        wanted = _weight_map(folder, origin)
         tensors: dict[str, TensorInfo] = {}
         for file in sorted(set(wanted.values())) if wanted else [SINGLE]:
-            for info in _read_header(_contained(folder, file, allow_links=allow_links), file):
+            path, size = _header_of(folder, file, origin, allow_links=allow_links)
+            for info in _read_header(path, file, size):
                 if wanted.get(info.name, file) == file:
                     tensors[info.name] = info
         _check_index(wanted, tensors)
         files = tuple(sorted({info.file for info in tensors.values()}))
-        return cls(folder, dict(sorted(tensors.items())), config, files)
+        return cls(folder, dict(sorted(tensors.items())), config, files, origin=origin)
 
     @property
     def nbytes(self) -> int:
@@ -91,7 +99,34 @@ class Checkpoint:
     @property
     def file_bytes(self) -> int:
         """Bytes of the weight files as they lie on disk."""
+        if self.origin is not None:
+            return sum(self.origin.files[file].bytes for file in self.files)
         return sum((self.folder / file).stat().st_size for file in self.files)
+
+    def path(self, file: str) -> Path:
+        """A weight file on this node, fetched if it has to be."""
+        return self.folder / file if self.origin is None else self.origin.fetched(file)
+
+    def complete(self) -> Path:
+        """A folder of this node with all files, for libraries that open folders."""
+        return self.folder if self.origin is None else self.origin.complete(self.files)
+
+    def identity(self, file: str) -> str:
+        """A word that changes with the content of a weight file; nothing is fetched for it."""
+        if self.origin is not None:
+            return self.origin.identity(file)
+        return quick_digest(self.folder / file)
+
+    def home(self, names: Iterable[str]) -> str | None:
+        """What units that read these tensors on one node have in common: the file with most of
+        their bytes. None where every node reads the same files anyway."""
+        if self.origin is None or self.origin.cache is None:
+            return None
+        sizes: dict[str, int] = {}
+        for info in (self.tensors[name] for name in names):
+            sizes[info.file] = sizes.get(info.file, 0) + info.nbytes
+        file = max(sorted(sizes), key=sizes.__getitem__, default=None)
+        return None if file is None else f"{self.folder.name}/{file}"
 
     @property
     def parameters(self) -> int:
@@ -127,7 +162,7 @@ class Checkpoint:
     ) -> Iterator[tuple[Piece, torch.Tensor]]:
         from safetensors import SafetensorError, safe_open
 
-        path = self.folder / file
+        path = self.path(file)
         try:
             with safe_open(path, framework="pt") as handle:
                 for name, index in pieces:
@@ -156,7 +191,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _weight_map(folder: Path) -> dict[str, str]:
+def _weight_map(folder: Path, origin: Origin | None) -> dict[str, str]:
     """Tensor name -> file of a sharded checkpoint; empty for a single-file one."""
     if (folder / INDEX).exists():
         mapping = _read_json(folder / INDEX).get("weight_map")
@@ -164,6 +199,8 @@ def _weight_map(folder: Path) -> dict[str, str]:
             raise CheckpointError(f"{folder / INDEX} has no weight_map")
         return {str(name): str(file) for name, file in mapping.items()}
     if (folder / SINGLE).exists() or (folder / SINGLE).is_symlink():
+        return {}
+    if origin is not None and SINGLE in origin.files:
         return {}
     pickles = sorted(p.name for p in folder.glob("*.bin"))
     remedy = "convert it to safetensors first: pickle files are never opened" if pickles else ""
@@ -189,13 +226,24 @@ def _contained(folder: Path, file: str, *, allow_links: bool) -> Path:
     return path
 
 
-def _read_header(path: Path, file: str) -> list[TensorInfo]:
-    """Parses a safetensors header and compares the promised bytes with the file's size."""
+def _header_of(
+    folder: Path, file: str, origin: Origin | None, *, allow_links: bool
+) -> tuple[Path, int]:
+    """A file that begins with the header of a weight file, and the size of the weight file."""
+    path = _contained(folder, file, allow_links=allow_links)
+    if origin is not None:
+        if file not in origin.files:
+            raise CheckpointError(f"{file} is missing at {origin.url}", "copy the checkpoint again")
+        return origin.header(file), origin.files[file].bytes
     if not path.exists():
         raise CheckpointError(f"{path} is missing", "download the checkpoint again")
     if not path.is_file():
         raise CheckpointError(f"{path} is not a file", "download the checkpoint again")
-    size = path.stat().st_size
+    return path, path.stat().st_size
+
+
+def _read_header(path: Path, file: str, size: int) -> list[TensorInfo]:
+    """Parses a safetensors header and compares the promised bytes with the file's size."""
     with path.open("rb") as handle:
         prefix = handle.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0

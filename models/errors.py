@@ -4,6 +4,8 @@ UserError                 cause, numbers, remedy; never retried
 ├── CheckpointError       a file or tensor of a checkpoint is not what it must be
 │   ├── UnknownFamily     no adapter for this model type
 │   └── UnsupportedFeature  this model type cannot have what was asked for
+├── StorageError          an object store lacks, refuses or changed something
+│   └── StoreSilent       it does not answer: try again later
 └── DiskFull              a write ran out of space
 
 `stages.errors` and `orchestrator.errors` add their own branches.
@@ -35,6 +37,14 @@ class UnknownFamily(CheckpointError):
 
 class UnsupportedFeature(CheckpointError):
     """The family is known, and what was asked for does not exist for it."""
+
+
+class StorageError(UserError):
+    """A store behind a URL lacks, refuses or has changed what is needed."""
+
+
+class StoreSilent(StorageError):
+    """A store behind a URL does not answer; the same command may succeed later."""
 
 
 class DiskFull(UserError):

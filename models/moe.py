@@ -116,6 +116,12 @@ class MoeCheckpoint:
                 found.setdefault(self.family.layer_of(name), []).append(name)
         return found
 
+    def home(self, layer: int | None) -> str | None:
+        """What units that read this layer on one node have in common (`Checkpoint.home`)."""
+        return self.checkpoint.home(
+            name for name in self.checkpoint.tensors if self.family.layer_of(name) == layer
+        )
+
     def meta_expert(self, layer: int, expert: int = 0) -> Expert:
         """One expert without memory: shapes and types, from headers alone."""
         names = self.family.expert_tensor_names(layer, expert)

@@ -148,7 +148,14 @@ def _view(stored: Checkpoint, packed: dict[str, Packed]) -> Dequantised:
         tensors[name] = _decoded_info(name, each, stored, kind)
     config = {k: v for k, v in stored.config.items() if k != "quantization_config"}
     return Dequantised(
-        stored.folder, dict(sorted(tensors.items())), config, stored.files, stored, packed, kind
+        stored.folder,
+        dict(sorted(tensors.items())),
+        config,
+        stored.files,
+        stored,
+        packed,
+        kind,
+        origin=stored.origin,
     )
 
 

@@ -26,7 +26,8 @@ def absolute(config: RunConfig) -> RunConfig:
     evaluate = config.evaluate
     if evaluate is not None:
         evaluate = evaluate.model_copy(update={"data": _corpus(evaluate.data)})
-    parts = {"model": model, "calibrate": calibrate, "evaluate": evaluate}
+    cache = config.cache.model_copy(update={"dir": _path_of_here(config.cache.dir)})
+    parts = {"cache": cache, "model": model, "calibrate": calibrate, "evaluate": evaluate}
     return config.model_copy(update=parts | {"run_dir": config.run_dir.absolute()})
 
 
@@ -41,6 +42,11 @@ def _source(source: Source) -> Source:
 def _if_local(path: str) -> str:
     """Also a pattern, when files match it."""
     return str(Path(path).absolute()) if Path(path).exists() or glob(path) else path
+
+
+def _path_of_here(path: Path | None) -> Path | None:
+    """A path with a variable or ~ in it is another one on each node."""
+    return path if path is None or "$" in str(path) or str(path)[:1] == "~" else path.absolute()
 
 
 def _path(path: Path | None) -> Path | None:

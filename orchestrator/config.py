@@ -20,12 +20,14 @@ from stages.narrow.config import NarrowConfig
 from stages.probe.config import ProbeConfig
 from stages.refit.config import RefitConfig
 from stages.settings import Settings
+from stages.upload.config import UploadConfig
 
 
 class ModelConfig(Settings):
     """The checkpoint to compress."""
 
-    # A local folder, or a Hugging Face hub name that is downloaded to the cache.
+    # A local folder, a URL (s3://bucket/prefix), or a Hugging Face hub name that is downloaded to
+    # the cache.
     path: str
     revision: str | None = None
     # Folder with the tokenizer; the checkpoint's own by default.
@@ -34,6 +36,23 @@ class ModelConfig(Settings):
     allow_links: bool = False
     # full: read every weight once and refuse NaN before anything is spent. headers: sizes only.
     verify: Literal["full", "headers"] = "full"
+
+
+class CacheConfig(Settings):
+    """Where the files of a checkpoint lie on each node (docs/storage.md). Results do not depend
+    on it."""
+
+    # A folder that every node has for itself; `$NAME` is read on the node. None: weights of a URL
+    # go into the run folder.
+    dir: Path | None = None
+    # Also copy the files of a checkpoint folder, where that lies on a slow shared file system.
+    local_paths: bool = False
+
+    @model_validator(mode="after")
+    def _copies_need_a_folder(self) -> Self:
+        if self.local_paths and self.dir is None:
+            raise ValueError("local_paths=true needs a folder to copy to: set cache.dir")
+        return self
 
 
 class RetryConfig(Settings):
@@ -100,6 +119,9 @@ class RunConfig(Settings):
     executor: ExecutorConfig = ExecutorConfig()
     # What `coalesce sweep` compares; runs do not read it.
     sweep: SweepConfig = SweepConfig()
+    cache: CacheConfig = CacheConfig()
+    # None: the checkpoint stays in the run folder alone.
+    upload: UploadConfig | None = None
     # None: this run is not submitted to Slurm.
     slurm: SlurmConfig | None = None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from models.errors import DiskFull
+from models.errors import DiskFull, StorageError
 from orchestrator import engine, estimate, samples
 from orchestrator.preflight import Prepared, expected_layouts
 
@@ -15,7 +15,8 @@ def peak_bytes(run: Prepared) -> int:
     config, moe = run.config.calibrate, run.moe
     sampled = samples.disk_bytes(config, moe, run.calibration_domains)
     scratch = engine.worker_count(run) * samples.scratch_bytes(config, moe)
-    return max(disk_bytes(run) + stream_bytes(run), sampled + max(scratch, hidden_bytes(run)))
+    written = disk_bytes(run) + stream_bytes(run)
+    return fetched_bytes(run) + max(written, sampled + max(scratch, hidden_bytes(run)))
 
 
 def stream_bytes(run: Prepared) -> int:
@@ -63,7 +64,9 @@ def check_disk(run: Prepared) -> None:
     Raises:
         DiskFull: bytes needed and free.
     """
-    needed, free = disk_bytes(run) + stream_bytes(run), _free(run.folder.root)
+    needed = disk_bytes(run) + stream_bytes(run) + fetched_bytes(run)
+    free = _free(run.folder.root)
+    _check_cache(run)
     if needed > free and not run.resumes:
         raise DiskFull(
             f"the run will write {needed:,} bytes to {run.folder.root}, {free:,} are free",
@@ -76,6 +79,40 @@ def check_disk(run: Prepared) -> None:
             f" {hidden:,} bytes in {run.folder.root}; {free:,} are free",
             "raise calibrate.shards, lower executor.workers, move `run_dir`, or set"
             " calibrate.engine=resident",
+        )
+
+
+def fetched_bytes(run: Prepared) -> int:
+    """Weights that will be fetched into the run folder: those of a URL without a cache."""
+    origin = run.moe.checkpoint.origin
+    if origin is None or origin.cache is not None:
+        return 0
+    return origin.missing_bytes(run.moe.checkpoint.files)
+
+
+def cache_bytes(run: Prepared) -> int:
+    """Weights that this node's cache lacks, if one node fetches all; 0 without a cache."""
+    origin, checkpoint = run.moe.checkpoint.origin, run.moe.checkpoint
+    if origin is None or origin.cache is None:
+        return 0
+    try:
+        return origin.missing_bytes(checkpoint.files)
+    except StorageError:  # the login node of a cluster has no cache
+        return checkpoint.file_bytes
+
+
+def _check_cache(run: Prepared) -> None:
+    origin, needed = run.moe.checkpoint.origin, cache_bytes(run)
+    if origin is None or not needed:
+        return
+    try:
+        free = _free(origin.place)
+    except StorageError:
+        return
+    if needed > free:
+        raise DiskFull(
+            f"the cache {origin.place} lacks {needed:,} bytes of the checkpoint, {free:,} are free",
+            "set cache.dir to a larger disk of the nodes, or delete what older runs left there",
         )
 
 

@@ -5,6 +5,8 @@ UserError                exit 2: mend the input; nothing half-written is left
 ├── RunFolderError       the run folder is not ours, or belongs to other inputs
 ├── CheckpointError      models.errors: a file or tensor of the model
 ├── DiskFull             models.errors
+├── StorageError         models.errors; its StoreSilent exits 75, since a later try may succeed
+├── UrlError             models.remote.urls
 ├── DataError, BudgetError, StatisticsError, StaleUnit, ReplicaError, GateError
 │                        stages.errors
 InfrastructureError      exit 75 (try again later): cluster.errors; finished units are kept
@@ -15,7 +17,7 @@ anything else            exit 1: a bug
 from __future__ import annotations
 
 from cluster.errors import InfrastructureError
-from models.errors import UserError
+from models.errors import StoreSilent, UserError
 from orchestrator.interrupt import EXIT_AGAIN, Interrupted
 
 EXIT_USER = 2
@@ -32,6 +34,8 @@ class RunFolderError(UserError):
 
 def exit_code(error: BaseException) -> int:
     """The process exit code for an error."""
+    if isinstance(error, StoreSilent):
+        return EXIT_RETRY
     if isinstance(error, UserError):
         return EXIT_USER
     if isinstance(error, Interrupted):

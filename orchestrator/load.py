@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from orchestrator.config import RunConfig
 from orchestrator.errors import ConfigError
+from orchestrator.places import check_places
 from stages.group.config import METHODS
 
 COMMAND_LINE = "command line"
@@ -46,6 +47,7 @@ def load(name: str, overrides: Sequence[str] = ()) -> Loaded:
         origin = {k: file for k, file in origin.items() if not f"{k}.".startswith(f"{key}.")}
         origin |= dict.fromkeys(flatten({key: value}), COMMAND_LINE)
     config = validate(values)
+    check_places(config)
     resolved = flatten(config.model_dump(mode="json"))
     return Loaded(config, {key: _source(key, origin) for key in resolved})
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from models.moe import MoeCheckpoint
+from models.remote.urls import is_url
 from orchestrator import samples
 from orchestrator.config import RunConfig
 from orchestrator.curves import with_curves
@@ -125,6 +126,6 @@ def _check_domains(config: RunConfig, domains: Collection[str]) -> None:
     if calibrate.statistics is not None:
         table = read_statistics(calibrate.statistics)
         check_task(task, table["domain"].unique().to_pylist())
-    elif all(local_files(source) for source in calibrate.data.sources):
+    elif all(is_url(source.path) or local_files(source) for source in calibrate.data.sources):
         # A data set on the hub shows its domains only when it is read.
         check_task(task, domains)

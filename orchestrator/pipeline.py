@@ -49,11 +49,14 @@ def corpus_units(run: Prepared) -> list[CorpusUnit]:
                 folder.calibration_tokens,
                 None if config.evaluate is None else config.evaluate.data,
                 config.calibrate.dedup,
+                folder.fetched,
             )
         )
     if config.evaluate is not None:
         data = config.evaluate.data
-        units.append(CorpusUnit("corpus/evaluation", data, run.tokenizer, folder.evaluation_tokens))
+        tokens, fetched = folder.evaluation_tokens, folder.fetched
+        unit = CorpusUnit("corpus/evaluation", data, run.tokenizer, tokens, fetched=fetched)
+        units.append(unit)
     return units
 
 
@@ -64,7 +67,7 @@ def calibrate_units(run: Prepared, engine: Engine) -> list[calibrate.ShardUnit]:
     inputs = {
         "model": run.model,
         "tokenizer": tokenizer_digest(run.tokenizer),
-        "data": data_digest(run.config.calibrate.data),
+        "data": data_digest(run.config.calibrate.data, run.folder.fetched),
         "corpus": read_digests(beside(run.folder.calibration_tokens)),
         "threads": str(run.config.executor.threads_per_unit),
     } | run_folder.autoep(run.config)

@@ -32,7 +32,7 @@ class Row:
 def rows(run: Prepared) -> list[Row]:
     """One row per stage, in order."""
     observed = [_verify(run), _corpus(run), _calibrate(run), *_sample(run)]
-    return [*observed, *_probe(run), *_models(run), *_evaluate(run)]
+    return [*observed, *_probe(run), *_models(run), *_evaluate(run), *_upload(run)]
 
 
 def table(run: Prepared) -> Table:
@@ -59,6 +59,10 @@ def summary(run: Prepared) -> str:
                 f"; hidden states of {disk.shards_at_once(run)} shards at a time take up to"
                 f" {human(hidden)} of disk"
             )
+    if lacking := disk.cache_bytes(run):
+        text += (
+            f"\ncache: up to {human(lacking)} are fetched to {run.config.cache.dir} of each node"
+        )
     return (
         f"{run.moe.family.model_type}, {len(run.moe.layers)} MoE layers of {run.moe.num_experts}"
         f" experts, top-{run.moe.top_k}: {human(before)} -> {human(after)}"
@@ -175,6 +179,16 @@ def _evaluate(run: Prepared) -> list[Row]:
     reference = domains * config.kl_positions * vocabulary * 4
     read, peak = run.moe.checkpoint.nbytes * models, estimate.evaluate(run)
     return [Row("evaluate", domains * models, finished, read, reference, peak)]
+
+
+def _upload(run: Prepared) -> list[Row]:
+    if run.config.upload is None:
+        return []
+    layouts = expected_layouts(run.variants[0], run.moe)
+    size, files = sum(each.file_bytes for each in layouts), len(layouts)
+    finished = len(list(run.folder.upload.glob("*/*.safetensors.json")))
+    # Config, index and tokenizer are small, and not counted.
+    return [Row("upload", files, min(finished, files), size, 0, estimate.PROCESS_BYTES)]
 
 
 def _done(units: Sequence[Unit]) -> int:

@@ -1,10 +1,12 @@
-"""Everything that can be known to be wrong is refused here, before a byte is written."""
+"""Everything that can be known to be wrong is refused here, before any work.
+
+Nothing is written, but what has to be fetched from behind URLs to be looked at.
+"""
 
 from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -13,7 +15,6 @@ from pathlib import Path
 import numpy as np
 
 from models.atomic import file_digest
-from models.errors import CheckpointError
 from models.moe import MoeCheckpoint
 from models.skeleton import check_dense_tensors
 from models.support import reasons
@@ -25,9 +26,10 @@ from orchestrator.compatibility import (
     check_tokenizer,
 )
 from orchestrator.compression import check_compression
-from orchestrator.config import ModelConfig, RunConfig
+from orchestrator.config import RunConfig
 from orchestrator.errors import ConfigError
 from orchestrator.needs import check_needs
+from orchestrator.remote import model_folder
 from orchestrator.run_folder import MAIN, RunFolder
 from stages.calibrate.statistics import layers_of, metadata_of, read_statistics
 from stages.corpus.config import CorpusConfig
@@ -71,20 +73,22 @@ class Prepared:
 
 
 def prepare(config: RunConfig) -> Prepared:
-    """Opens the model, looks at data, budget, statistics and disk; writes nothing.
+    """Opens the model, looks at data, budget, statistics and disk; writes nothing, or, where
+    inputs are URLs, what it looks at into `fetched/` of the run folder.
 
     Raises:
         UserError: with cause, numbers and remedy.
     """
-    moe = MoeCheckpoint.open(resolve_model(config.model), allow_links=config.model.allow_links)
+    folder = RunFolder(config.run_dir.absolute())
+    moe = MoeCheckpoint.open(model_folder(config, folder), allow_links=config.model.allow_links)
     copied = check_dense_tensors(moe)
     check_ranks(config.executor.ranks_per_replica, moe)
     _check_engine(config, moe)
     evaluate = config.evaluate
     calibrated = None if config.calibrate.statistics is not None else config.calibrate.data
-    calibration_domains = _check_text(calibrated, moe)
-    evaluation_domains = _check_text(None if evaluate is None else evaluate.data, moe)
-    model, folder = identity(moe.checkpoint), RunFolder(config.run_dir.absolute())
+    calibration_domains = _check_text(calibrated, moe, folder)
+    evaluation_domains = _check_text(None if evaluate is None else evaluate.data, moe, folder)
+    model = identity(moe.checkpoint)
     tokenizer = config.model.tokenizer or moe.checkpoint.folder
     if config.calibrate.statistics is not None:
         check_statistics(config.calibrate.statistics, moe, model, tokenizer)
@@ -117,35 +121,6 @@ def prepare(config: RunConfig) -> Prepared:
 
     check_disk(prepared)
     return prepared
-
-
-_DOWNLOADED = ("*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt")
-
-
-def resolve_model(config: ModelConfig, patterns: Sequence[str] = _DOWNLOADED) -> Path:
-    """The local folder of a model; a hub name is downloaded (weights, config, tokenizer only).
-
-    Raises:
-        CheckpointError: neither a folder nor a name that can be downloaded.
-    """
-    path = Path(config.path).expanduser()
-    if path.exists():
-        return path.absolute()
-    if config.path.startswith((".", "/", "~")) or config.path.count("/") != 1:
-        raise CheckpointError(f"no checkpoint folder at {path}", "correct `model.path`")
-    from huggingface_hub import snapshot_download
-
-    try:
-        found = snapshot_download(
-            config.path, revision=config.revision, allow_patterns=list(patterns)
-        )
-    except Exception as error:  # the hub's client has dozens of types; all mean: not to be had
-        raise CheckpointError(
-            f"{config.path} is no local folder and cannot be downloaded:"
-            f" {str(error).splitlines()[0]}",
-            "download it where there is a network and set `model.path` to the folder",
-        ) from error
-    return Path(found)
 
 
 def not_streamed(moe: MoeCheckpoint) -> str | None:
@@ -376,11 +351,11 @@ def _baseline_experts(main: Variant, moe: MoeCheckpoint) -> int:
     return moe.native_count(min(max(each, moe.top_k), moe.num_experts))
 
 
-def _check_text(data: CorpusConfig | None, moe: MoeCheckpoint) -> set[str]:
+def _check_text(data: CorpusConfig | None, moe: MoeCheckpoint, folder: RunFolder) -> set[str]:
     """The domains of a corpus whose text was found in order; none when there is no corpus."""
     if data is None:
         return set()
-    domains = {domain for source in data.sources for domain in check_source(source)}
+    domains = {domain for source in data.sources for domain in check_source(source, folder.fetched)}
     _check_length(data, moe)
     return domains
 

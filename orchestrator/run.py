@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import yaml
 
 from models.arrow import read_table, write_table
 from models.atomic import file_digest, write_bytes, write_json
+from models.remote.origin import held_here
 from orchestrator import chain, engine, estimate, pipeline, run_folder, samples, shared
 from orchestrator.decide import decide
 from orchestrator.events import EventLog, Listener
@@ -44,6 +46,7 @@ from stages.inputs import stage as inputs
 from stages.probe import stage as probe
 from stages.subsample import stage as subsample
 from stages.unit import beside, read_marker
+from stages.upload import stage as upload
 from stages.verify import stage as verify
 
 
@@ -65,28 +68,16 @@ def run(prepared: Prepared, listeners: Sequence[Listener] = ()) -> Path:
     """Runs whatever is not done yet; returns the folder of the report."""
     folder = prepared.folder
     with _started(prepared, listeners) as (events, scheduler):
+        if prepared.config.upload is not None:
+            upload.claim(prepared.config.upload.url, folder.upload)
         statistics = _observe(prepared, scheduler, events)
         _probe(prepared, scheduler)
         decided = _decide(prepared, scheduler, statistics, events)
         _write_models(prepared, scheduler, decided)
         measured = _measure(prepared, scheduler, decided)
-    with scheduler.here("report"):
-        found = Collected(
-            prepared=prepared,
-            statistics=statistics,
-            decisions=decided[0].decisions,
-            layouts=decided[0].layouts,
-            baseline_bytes={each.variant.name: each.file_bytes for each in decided[1:]},
-            measured=measured,
-            done=scheduler.done,
-        )
-        report = collect(found)
-        write_report(report, folder.report)
-        # What decides the result, and nothing about the machine that it was made on.
-        card = render_card(report, yaml.safe_dump(run_folder.settled(prepared.config)))
-        write_bytes(folder.output(MAIN) / "README.md", card.encode())
-    for message in found_cautions(found):
-        events.emit("warning", message=message)
+        for message in _report(prepared, scheduler, statistics, decided, measured):
+            events.emit("warning", message=message)
+        _upload(prepared, scheduler)
     _remove_baselines(prepared)
     events.emit("run_done", report=str(folder.report / "index.html"))
     return folder.report
@@ -113,6 +104,9 @@ def _started(
     events.emit("run_started", run=str(folder.root), resumes=prepared.resumes)
     with exclusive(folder), open_executor(config) as executor, heeding_signals() as stop:
         shared.check(prepared, executor)
+        checkpoint = prepared.moe.checkpoint
+        if checkpoint.origin is not None and checkpoint.origin.cache is not None:
+            executor.locate(partial(held_here, checkpoint.folder))
         events.listen(executor.heed)
         yield events, Scheduler(executor, events, config.gpus_per_worker, stop, folder.logs)
         _sweep(folder)
@@ -277,6 +271,45 @@ def _measure(
     for unit, done in zip([*first, *rest], outcomes, strict=True):
         results.setdefault(unit.variant, {})[unit.domain] = done.result
     return {variant: evaluate.reduce(by_domain) for variant, by_domain in results.items()}
+
+
+def _report(
+    prepared: Prepared,
+    scheduler: Scheduler,
+    statistics: pa.Table,
+    decided: Sequence[Decided],
+    measured: dict[str, dict[str, Any]],
+) -> list[str]:
+    """The report, and the model card in the output; returns what the reader should beware of."""
+    folder = prepared.folder
+    with scheduler.here("report"):
+        found = Collected(
+            prepared=prepared,
+            statistics=statistics,
+            decisions=decided[0].decisions,
+            layouts=decided[0].layouts,
+            baseline_bytes={each.variant.name: each.file_bytes for each in decided[1:]},
+            measured=measured,
+            done=scheduler.done,
+        )
+        report = collect(found)
+        write_report(report, folder.report)
+        # What decides the result, and nothing about the machine that it was made on.
+        card = render_card(report, yaml.safe_dump(run_folder.settled(prepared.config)))
+        write_bytes(folder.output(MAIN) / "README.md", card.encode())
+    return found_cautions(found)
+
+
+def _upload(prepared: Prepared, scheduler: Scheduler) -> None:
+    """Sends every file of the output, and when all have arrived the one that makes it count."""
+    target = prepared.config.upload
+    if target is None:
+        return
+    units = upload.plan(prepared.folder.output(MAIN), target.url, prepared.folder.upload)
+    upload.forget_stale(units)
+    scheduler.run("upload", units[:-1], upload.run_one, estimate.PROCESS_BYTES)
+    upload.check_complete(units[:-1])
+    scheduler.run("upload", units[-1:], upload.run_one, estimate.PROCESS_BYTES)
 
 
 def _remove_baselines(prepared: Prepared) -> None:

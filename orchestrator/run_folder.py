@@ -109,6 +109,17 @@ class RunFolder:
         return self.root / "slurm"
 
     @property
+    def fetched(self) -> Path:
+        """Text, and what is small of a checkpoint, from behind URLs; without a cache its weights
+        too."""
+        return self.root / "fetched"
+
+    @property
+    def upload(self) -> Path:
+        """Markers of files that were sent, by target."""
+        return self.root / "upload"
+
+    @property
     def report(self) -> Path:
         """index.html, report.json, pictures."""
         return self.root / "report"
@@ -165,12 +176,22 @@ def check(folder: RunFolder, config: RunConfig, model: str) -> bool:
     return found is not None
 
 
+def refuse_foreign(folder: RunFolder) -> None:
+    """Asked before anything is fetched into a folder.
+
+    Raises:
+        RunFolderError: something else is in it.
+    """
+    _read_identity(folder)
+
+
 def settled(config: RunConfig) -> dict[str, Any]:
     """The part of a config that decides results; where and how fast units run is not in it."""
     # Whether sums are made from the sample changes neither the sample nor anything else.
     free_here: dict[str, Any] = {"engine": True, "memory_bytes": True, "backend": True}
     free_here |= {"min_tokens_per_expert": True, "sample": {"statistics"}}
     free: dict[str, Any] = {"run_dir": True, "executor": True, "slurm": True, "sweep": True}
+    free |= {"cache": True, "upload": True}
     free["calibrate"] = free_here
     if getattr(config.group, "divide", None) != "probe":
         free["probe"] = True
@@ -233,4 +254,5 @@ def _read_identity(folder: RunFolder) -> dict[str, Any] | None:
 def _own_names(folder: RunFolder) -> set[str]:
     temporary = {path.name for path in folder.root.glob(".*.tmp")}
     own = {folder.config.name, folder.events.name, folder.lock.name, folder.slurm.name}
+    own |= {folder.fetched.name, folder.upload.name}
     return own | temporary

@@ -29,6 +29,7 @@ def load_model(folder: Path, dtype: str, *, trust_remote_code: bool = False) -> 
     if isinstance(checkpoint, Dequantised):
         model = load_decoded(checkpoint, dtype)
     else:
+        folder = checkpoint.complete()
         options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
         config = AutoConfig.from_pretrained(folder, **options)
         kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM

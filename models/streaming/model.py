@@ -189,11 +189,11 @@ class StreamedModel:
         """Loads tensors; the files are closed again, so that their pages can be given back."""
         from safetensors import SafetensorError, safe_open
 
-        folder, infos = self._checkpoint.folder, [self._checkpoint.tensors[n] for n in names]
+        checkpoint, infos = self._checkpoint, [self._checkpoint.tensors[n] for n in names]
         try:
             with ExitStack() as stack:
                 files = {
-                    file: stack.enter_context(safe_open(folder / file, framework="pt"))
+                    file: stack.enter_context(safe_open(checkpoint.path(file), framework="pt"))
                     for file in sorted({info.file for info in infos})
                 }
                 slices = {info.name: files[info.file].get_slice(info.name) for info in infos}
@@ -204,7 +204,7 @@ class StreamedModel:
                     }
                 return self._converter.load(slices)
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"cannot read {folder}: {error}") from error
+            raise CheckpointError(f"cannot read {checkpoint.folder}: {error}") from error
 
     def _refuse(self, wrong: Sequence[str], module: nn.Module, prefix: str) -> None:
         """Nothing runs on a tensor that is not there or not what config.json promises."""

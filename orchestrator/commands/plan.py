@@ -11,7 +11,8 @@ from rich.console import Console
 
 from orchestrator.config import RunConfig
 from orchestrator.plan import table
-from orchestrator.preflight import prepare, resolve_model
+from orchestrator.preflight import prepare
+from orchestrator.remote import resolve_model
 
 
 def plan_command(config: RunConfig, console: Console, *, config_only: bool) -> None:

@@ -12,7 +12,10 @@ VERSION = 1
 
 
 class Source(Settings):
-    """One text source: a parquet/JSONL/text file, a folder or glob of them, or a hub name."""
+    """One text source: a parquet/JSONL/text file, a folder or glob of them, or a hub name.
+
+    File, folder and glob may be behind a URL: `s3://bucket/news/*.parquet`.
+    """
 
     path: str
     # The domain of every document, or None: taken from `domain_column`, else the file's name.

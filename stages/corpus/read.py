@@ -7,19 +7,26 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
+from models.remote.texts import fetch_texts, fetched_texts
+from models.remote.urls import is_url
 from stages.corpus.config import Source
 from stages.errors import DataError
 
 _BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".txt": "text"}
+_COMPLETE = "is the file complete, and does it hold a document?"
+_HUB = "without network, give a local file instead of a hub name"
 
 
-def documents(source: Source, seed: int) -> dict[str, Iterator[str]]:
+def documents(source: Source, seed: int, fetched: Path | None = None) -> dict[str, Iterator[str]]:
     """Domain -> its texts, shuffled with `seed`; the order does not depend on other sources.
+
+    Args:
+        fetched: where text from behind URLs lies (`check_source` puts it there).
 
     Raises:
         DataError: nothing there, an unknown column, or a value that is not text.
     """
-    dataset = _load(source).shuffle(seed=seed)
+    dataset = _load(source, fetched).shuffle(seed=seed)
     if source.domain is not None or source.domain_column is None:
         return {source.domain or Path(source.path).stem: _texts(dataset, source)}
     names = sorted({str(name) for name in dataset.unique(source.domain_column)})
@@ -28,17 +35,24 @@ def documents(source: Source, seed: int) -> dict[str, Iterator[str]]:
     return {name: _texts(dataset.select(rows[name]), source) for name in names}
 
 
-def check_source(source: Source) -> set[str]:
+def check_source(source: Source, fetched: Path | None = None) -> set[str]:
     """The domains of a source, which is looked at; a hub name, left to the download, counts as one.
+
+    Args:
+        fetched: text behind a URL is fetched to here.
 
     Raises:
         DataError: unreadable, an unknown column, no text, or a domain of blank documents.
+        StorageError: nothing is behind the URL, or not for us.
     """
-    if not local_files(source):
+    if is_url(source.path):
+        assert fetched is not None
+        fetch_texts(source.path, fetched, tuple(_BUILDERS))
+    if not local_files(source, fetched):
         if _looks_local(source.path):
             raise DataError(f"no file matches {source.path}", "check the path of this text source")
         return {source.domain or source.path}
-    found = documents(source, seed=0)
+    found = documents(source, 0, fetched)
     for domain, texts in found.items():
         if not any(text.strip() for text in texts):
             raise no_tokens(domain, source)
@@ -53,8 +67,14 @@ def no_tokens(domain: str, source: Source) -> DataError:
     )
 
 
-def local_files(source: Source) -> list[str]:
-    """Files on this machine that the source names; empty for a hub dataset."""
+def local_files(source: Source, fetched: Path | None = None) -> list[str]:
+    """Files on this machine that the source names; empty for a hub dataset.
+
+    Args:
+        fetched: where text from behind URLs lies.
+    """
+    if is_url(source.path):
+        return [] if fetched is None else [str(p) for p in fetched_texts(source.path, fetched)]
     path = Path(source.path)
     pattern = str(path / "**" / "*") if path.is_dir() else source.path
     return sorted(f for f in glob(pattern, recursive=True) if Path(f).suffix in _BUILDERS)
@@ -64,12 +84,12 @@ def _looks_local(path: str) -> bool:
     return Path(path).suffix in _BUILDERS or path.startswith((".", "/", "~")) or "*" in path
 
 
-def _load(source: Source) -> Any:
+def _load(source: Source, fetched: Path | None) -> Any:
     import datasets
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs, our error says
-    files = local_files(source)
+    files = local_files(source, fetched)
     builders = sorted({_BUILDERS[Path(file).suffix] for file in files})
     if len(builders) > 1:
         raise DataError(
@@ -84,7 +104,8 @@ def _load(source: Source) -> Any:
     except Exception as error:  # the library's many exception types all mean: cannot be read
         # `datasets` wraps the reader's own error in one that says nothing.
         reason = " ".join((str(error.__cause__ or "") or str(error)).split())
-        raise DataError(f"cannot read {source.path}: {reason}", _remedy(source)) from error
+        remedy = _COMPLETE if files else _HUB
+        raise DataError(f"cannot read {source.path}: {reason}", remedy) from error
     _check_columns(dataset, source)
     return dataset
 
@@ -111,9 +132,3 @@ def _texts(dataset: Any, source: Source) -> Iterator[str]:
     """A null is a document without text."""
     for row in dataset:
         yield row[source.text_column] or ""
-
-
-def _remedy(source: Source) -> str:
-    if local_files(source):
-        return "is the file complete, and does it hold a document?"
-    return "without network, give a local file instead of a hub name"

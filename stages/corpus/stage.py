@@ -35,6 +35,8 @@ class CorpusUnit(OneFile):
     # Text that is evaluated and that documents are compared with; None: they are not.
     evaluated: CorpusConfig | None = None
     dedup: DedupConfig = field(default_factory=lambda: DedupConfig(mode="off"))
+    # Where text from behind URLs lies; its files were looked at before the run.
+    fetched: Path | None = None
 
     @property
     def compares(self) -> bool:
@@ -48,7 +50,7 @@ class CorpusUnit(OneFile):
             "code": f"corpus-{VERSION}",
             "config": self.config.model_dump(mode="json"),
             "tokenizer": tokenizer_digest(self.tokenizer),
-            "data": data_digest(self.config),
+            "data": data_digest(self.config, self.fetched),
         } | self._comparison
 
     @property
@@ -56,7 +58,7 @@ class CorpusUnit(OneFile):
         if self.evaluated is None or not self.compares:
             return {}
         config = self.evaluated.model_dump(mode="json")
-        data = data_digest(self.evaluated)
+        data = data_digest(self.evaluated, self.fetched)
         return {"dedup": [self.dedup.model_dump(mode="json"), config, data]}
 
 
@@ -69,7 +71,7 @@ def run_one(unit: CorpusUnit) -> dict[str, Any]:
     tokenizer = load_tokenizer(unit.tokenizer)
     dedup = _deduplication(unit, tokenizer)
     through = _all_of_them if dedup is None else dedup.passed
-    blocks = list(_blocks(unit.config, tokenizer, through))
+    blocks = list(_blocks(unit.config, tokenizer, through, unit.fetched))
     blocks.sort(key=lambda block: block.domain)
     table = pa.table(
         {
@@ -90,7 +92,11 @@ def _deduplication(unit: CorpusUnit, tokenizer: Any) -> Deduplication | None:
     if unit.evaluated is None or not unit.compares:
         return None
     held = Evaluated(unit.dedup.run)
-    for _ in _blocks(unit.evaluated, tokenizer, lambda _, documents: held.collect(documents)):
+
+    def through(_: str, found: Iterable[list[int]]) -> Iterator[list[int]]:
+        return held.collect(found)
+
+    for _ in _blocks(unit.evaluated, tokenizer, through, unit.fetched):
         pass
     return Deduplication(unit.dedup, held)
 
@@ -149,19 +155,21 @@ def tokenizer_digest(folder: Path) -> str:
     return text_digest({path.name: file_digest(path) for path in files})
 
 
-def data_digest(config: CorpusConfig) -> str:
-    """Digest of the content of all local files, and of the names of hub datasets."""
+def data_digest(config: CorpusConfig, fetched: Path | None = None) -> str:
+    """Digest of the content of all files, and of the names of hub datasets."""
     content = {
-        source.path: [quick_digest(Path(f)) for f in local_files(source)] or source.split
+        source.path: [quick_digest(Path(f)) for f in local_files(source, fetched)] or source.split
         for source in config.sources
     }
     return text_digest(content)
 
 
-def _blocks(config: CorpusConfig, tokenizer: Any, through: Through) -> Iterator[Block]:
+def _blocks(
+    config: CorpusConfig, tokenizer: Any, through: Through, fetched: Path | None
+) -> Iterator[Block]:
     budgets = split_budget(config.tokens, [source.weight for source in config.sources])
     for source, budget in zip(config.sources, budgets, strict=True):
-        by_domain = documents(source, config.seed)
+        by_domain = documents(source, config.seed, fetched)
         shares = split_budget(budget, [1.0] * len(by_domain))
         for (domain, texts), share in zip(by_domain.items(), shares, strict=True):
             if share < 2:

@@ -19,6 +19,7 @@ from models.atomic import attempt, link_or_copy, write_json
 from models.checkpoint import INDEX
 from models.errors import CheckpointError
 from models.moe import MoeCheckpoint
+from models.remote.origin import is_metadata
 from models.skeleton import check_width, unloaded_elements
 from stages.errors import GateError
 from stages.export.config import VERSION, ExportConfig
@@ -27,8 +28,6 @@ from stages.export.layout import FileLayout
 from stages.group.decision import LayerDecision
 from stages.unit import Fingerprint, beside
 
-# Never copied: weights, their index, and what describes or executes the original.
-_NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".py", ".md")
 _TOLERANCE = 1e-3
 _BYTES_TOLERANCE = 0.01
 
@@ -184,8 +183,5 @@ def _companions(moe: MoeCheckpoint) -> list[str]:
     return sorted(
         path.name
         for path in moe.checkpoint.folder.iterdir()
-        if path.is_file()
-        and path.name not in skipped
-        and not path.name.startswith(".")
-        and not path.name.endswith(_NOT_COPIED)
+        if path.is_file() and path.name not in skipped and is_metadata(path.name)
     )

@@ -39,6 +39,11 @@ class SubsampleUnit(OneFile):
         return f"subsample/layer-{self.layer:05d}"
 
     @property
+    def near(self) -> str | None:
+        """The weight file that it reads most of."""
+        return self.moe.home(self.layer)
+
+    @property
     def fingerprint(self) -> Fingerprint:
         """Model, sampled inputs, and what changes the arithmetic."""
         return {

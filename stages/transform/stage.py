@@ -80,6 +80,11 @@ class TransformUnit(OneFile):
         return f"{self.variant}/{self.output.name}"
 
     @property
+    def near(self) -> str | None:
+        """The weight file that it reads most of."""
+        return self.moe.home(self.layer)
+
+    @property
     def fingerprint(self) -> Fingerprint:
         """Model, decision of this layer, and the config that shapes the tensors."""
         decision = self.decision

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from models.atomic import quick_digest, text_digest
+from models.atomic import text_digest
 from models.checkpoint import Checkpoint
 from models.errors import CheckpointError
 from stages.unit import Fingerprint
@@ -36,8 +36,14 @@ class VerifyUnit:
     @property
     def fingerprint(self) -> Fingerprint:
         """The file's identity."""
-        digest = quick_digest(self.checkpoint.folder / self.file)
-        return {"code": f"verify-{VERSION}", "model": {self.file: digest}}
+        identity = self.checkpoint.identity(self.file)
+        return {"code": f"verify-{VERSION}", "model": {self.file: identity}}
+
+    @property
+    def near(self) -> str | None:
+        """Where the file is fetched to first, it is read again later."""
+        infos = self.checkpoint.tensors.values()
+        return self.checkpoint.home(each.name for each in infos if each.file == self.file)
 
 
 def plan(checkpoint: Checkpoint, folder: Path) -> list[VerifyUnit]:
@@ -68,5 +74,5 @@ def run_one(unit: VerifyUnit) -> dict[str, Any]:
 
 def identity(checkpoint: Checkpoint) -> str:
     """Fingerprint of a model: config and the identity of every weight file."""
-    files = {file: quick_digest(checkpoint.folder / file) for file in checkpoint.files}
+    files = {file: checkpoint.identity(file) for file in checkpoint.files}
     return text_digest({"config": checkpoint.config, "files": files})

@@ -8,7 +8,16 @@ import sys
 import pytest
 
 from cluster.errors import InfrastructureError
-from models.errors import CheckpointError, DiskFull, UnknownFamily, UnsupportedFeature, UserError
+from models.errors import (
+    CheckpointError,
+    DiskFull,
+    StorageError,
+    StoreSilent,
+    UnknownFamily,
+    UnsupportedFeature,
+    UserError,
+)
+from models.remote.urls import UrlError
 from orchestrator import cli
 from orchestrator.errors import ConfigError, RunFolderError, exit_code
 from stages.errors import BudgetError, DataError, GateError, StaleUnit, StatisticsError
@@ -24,8 +33,10 @@ KINDS: list[type[UserError]] = [
     RunFolderError,
     StaleUnit,
     StatisticsError,
+    StorageError,
     UnknownFamily,
     UnsupportedFeature,
+    UrlError,
 ]
 
 
@@ -36,6 +47,7 @@ def test_every_error_a_user_can_mend_ends_with_code_2(kind: type[UserError]) -> 
 
 def test_a_failing_cluster_ends_with_the_code_for_trying_again() -> None:
     assert exit_code(InfrastructureError("nodes are gone")) == 75
+    assert exit_code(StoreSilent("no answer")) == 75
 
 
 def test_a_bug_ends_with_code_1() -> None:
