@@ -92,6 +92,18 @@ class MomentumConfig(MixtralConfig):  # type: ignore[misc]  # transformers has n
         dense = set(self.dense_layers or ())
         return [index for index in range(self.num_hidden_layers) if index not in dense]
 
+    @property
+    def error_gains(self) -> dict[int, float]:
+        """Sparse layer -> how much of an error in its output reaches the last layer's x.
+
+        gamma (1 - mu^n) / (1 - mu) for n sparse layers from it on; exact where what lies between
+        does not react to the error. The plain residual has gain 1 throughout.
+        """
+        rates, layers = self.rates, self.sparse_layers
+        mu = complex(rates.mu, rates.mu_imaginary)
+        gains = [sum(mu**i for i in range(n)) for n in range(len(layers), 0, -1)]
+        return {k: rates.gamma * g.real for k, g in zip(layers, gains, strict=True)}
+
 
 def robust_rates(p: float, k: float, smoothness: float) -> Rates:
     """Equation 18 of arXiv 2410.14574: gamma, mu and alpha from p, k = L/m and L."""
