@@ -47,5 +47,5 @@ class Format(Protocol):
     def config_json(self, moe: MoeCheckpoint, decisions: Sequence[LayerDecision]) -> dict[str, Any]:
         """The config.json of the output."""
 
-    def extra_files(self) -> Mapping[str, Path]:
+    def extra_files(self, moe: MoeCheckpoint) -> Mapping[str, Path]:
         """File name -> source of files that belong beside the weights."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from models.expert import Expert
-from models.mapped.registration import config_json, modeling_source
+from models.mapped.registration import code_files, config_json
 from models.moe import MoeCheckpoint
 from models.support import require
 from stages.export.config import ExportConfig
@@ -59,6 +59,7 @@ class Mapped:
         counts = {decision.layer: len(decision.representatives) for decision in decisions}
         return config_json(moe.checkpoint.config, counts, one_width(decisions))
 
-    def extra_files(self) -> Mapping[str, Path]:
-        """The modeling file."""
-        return {modeling_source().name: modeling_source()}
+    def extra_files(self, moe: MoeCheckpoint) -> Mapping[str, Path]:
+        """The modeling file, and the family's classes where transformers has none."""
+        files = *code_files(moe.family.model_type), *moe.family.code
+        return {path.name: path for path in files}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -132,10 +133,7 @@ def test_sign_moves_every_component_by_gamma() -> None:
         tiny_momentum.config(momentum_kind="sign", gamma=0.25), noise(1, 2, 4), given_updates
     )
 
-    assert all(
-        torch.allclose((b - a).abs(), torch.full_like(a, 0.25))
-        for a, b in zip(found, found[1:], strict=False)
-    )
+    assert all(torch.allclose((b - a).abs(), torch.full_like(a, 0.25)) for a, b in pairwise(found))
 
 
 def test_adams_first_step_is_a_scaled_sign() -> None:
