@@ -247,13 +247,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="SMoE against MomentumSMoE.")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, help="of training, instead of 1000 or 240")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     import torch
 
     torch.set_num_threads(args.threads)
-    setup = Setup(args.out, threads=args.threads)
-    print(json.dumps(measure(quick(setup) if args.quick else setup)))
+    setup = Setup(args.out.resolve(), threads=args.threads)
+    setup = quick(setup) if args.quick else setup
+    print(json.dumps(measure(replace(setup, steps=args.steps or setup.steps))))
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ def test_native_output_is_a_momentum_model_with_fewer_experts(
     assert model.config.momentum_kind == "robust"
     assert (folder / "modeling_momentum.py").exists()
     assert report["bytes"]["after"] == report["bytes"]["predicted"]
+    assert "trust_remote_code=True" in (folder / "README.md").read_text()
     assert report["perplexity"]["compressed"]["overall"] > 1
 
 
