@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.blocks import find_blocks
+from models.classes import prepare_classes
 from models.errors import CheckpointError
 from models.expert import Expert
 from models.moe import MoeCheckpoint
@@ -117,6 +118,7 @@ def _single(moe: MoeCheckpoint, layer: int, expert: Expert) -> nn.Module:
             f"experts of {moe.family.model_type} cannot be called on their own",
             "set calibrate.sample.statistics=false",
         )
+    prepare_classes(moe.checkpoint.config)
     module: Any = copy.deepcopy(find_blocks(_skeleton(moe.checkpoint.folder))[layer].experts)
     for name, tensor in storage.pack([expert]).items():
         setattr(module, name.rpartition(".")[2], nn.Parameter(tensor, requires_grad=False))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from models.blocks import find_blocks
+from models.classes import prepare_classes
 from models.moe import MoeCheckpoint
 
 
@@ -53,6 +54,7 @@ def route(
     """
     from transformers import AutoConfig, AutoModel
 
+    prepare_classes(config)
     with torch.device("meta"):
         model = AutoModel.from_config(AutoConfig.for_model(**config))
     found = find_blocks(model)[layer]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from models.classes import prepare_classes
 from models.errors import CheckpointError
 from models.moe import MoeCheckpoint
 
@@ -91,6 +92,7 @@ def _build_from(moe: MoeCheckpoint, config_json: dict[str, Any]) -> Any:
     import torch
     import transformers
 
+    prepare_classes(config_json)
     try:
         config = transformers.AutoConfig.for_model(**config_json)
         with torch.device("meta"):

@@ -59,7 +59,7 @@ def hidden_bytes(run: Prepared) -> int:
     config, moe = run.config.calibrate, run.moe
     width = {"auto": 0, "float32": 4}.get(config.dtype, 2)
     width = width or -(-moe.checkpoint.nbytes // moe.checkpoint.parameters)
-    return -(-config.data.tokens // config.shards) * moe.hidden_size * width
+    return -(-config.data.tokens // config.shards) * moe.family.states * moe.hidden_size * width
 
 
 def transform(run: Prepared) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from models.checkpoint import Checkpoint
+from models.classes import prepare_classes
 from models.quantised import Dequantised, dequantised
 
 
@@ -26,6 +27,7 @@ def load_model(folder: Path, dtype: str, *, trust_remote_code: bool = False) -> 
 
     logging.disable_progress_bar()
     checkpoint = dequantised(Checkpoint.open(folder, allow_links=True))
+    prepare_classes(checkpoint.config)
     if isinstance(checkpoint, Dequantised):
         model = load_decoded(checkpoint, dtype)
     else:

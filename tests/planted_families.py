@@ -56,7 +56,7 @@ def tiny_config(stem: str, **overrides: object) -> Any:
     else:
         fields = tiny_families.COMMON | tiny_families.FAMILIES[stem]
         fields |= dict.fromkeys(set(_COUNTS) & set(fields), EXPERTS)
-    return getattr(transformers, f"{stem}Config")(**fields | overrides)
+    return tiny_families.family_class(stem, "Config")(**fields | overrides)
 
 
 STEMS = {
@@ -69,7 +69,7 @@ def tiny_model(model_type: str, **overrides: object) -> Any:
     torch.manual_seed(3)
     config = tiny_config(STEMS[model_type], **overrides)
     suffix = "ForConditionalGeneration" if config.is_encoder_decoder else "ForCausalLM"
-    model = getattr(transformers, f"{STEMS[model_type]}{suffix}")(config).eval()
+    model = tiny_families.family_class(STEMS[model_type], suffix)(config).eval()
     with torch.no_grad():
         for stored in model.state_dict().values():
             stored.add_(torch.randn_like(stored), alpha=0.05)

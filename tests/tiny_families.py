@@ -9,6 +9,9 @@ import torch
 import transformers
 from torch import Tensor
 
+from models.momentum.configuration_momentum import MomentumConfig
+from models.momentum.modeling_momentum import MomentumForCausalLM
+from models.momentum.registration import register
 from tests.tiny import random_ids
 
 VOCABULARY, HIDDEN, EXPERTS, LENGTHS = 64, 32, 4, (9, 4, 1, 7)
@@ -76,6 +79,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "MiniMax": {"block_size": 4},
     "MiniMaxM2": {},
     "Afmoe": {"num_experts": EXPERTS, "num_dense_layers": 1, "num_shared_experts": 1},
+    "Momentum": {
+        "block_style": "post_ln",
+        "momentum_kind": "complex",
+        "mu_imaginary": 0.1,
+        "learnable_step": True,
+        "dense_layers": [1],
+    },
     "Lfm2Moe": {
         "num_experts": EXPERTS,
         "num_dense_layers": 1,
@@ -84,11 +94,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
+def family_class(name: str, kind: str) -> Any:
+    """`MixtralConfig`, `MixtralForCausalLM` and the like."""
+    if name == "Momentum":
+        register()
+        return {"Config": MomentumConfig, "ForCausalLM": MomentumForCausalLM}[kind]
+    return getattr(transformers, f"{name}{kind}")
+
+
 def family_model(name: str) -> Any:
     """A tiny random model of a family in eval mode."""
     torch.manual_seed(3)
-    config = getattr(transformers, f"{name}Config")(**COMMON | FAMILIES[name])
-    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    config = family_class(name, "Config")(**COMMON | FAMILIES[name])
+    model = family_class(name, "ForCausalLM")(config).eval()
     with torch.no_grad():
         for stored in model.state_dict().values():  # some start at zero or one throughout
             stored.add_(torch.randn_like(stored), alpha=0.05)

@@ -36,9 +36,9 @@ def domain_streams(files: list[Path], tokenizer_dir: Path) -> dict[str, Tensor]:
     }
 
 
-def windows(stream: Tensor, limit: int) -> Tensor:
-    """Cut a stream into windows [W, WINDOW + 1] that overlap by the one token to be predicted."""
-    return stream[: limit + 1].unfold(0, WINDOW + 1, WINDOW)
+def windows(stream: Tensor, limit: int, length: int = WINDOW) -> Tensor:
+    """Cut a stream into windows [W, length + 1] that overlap by the one token to be predicted."""
+    return stream[: limit + 1].unfold(0, length + 1, length)
 
 
 @contextmanager

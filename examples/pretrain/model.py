@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 import fast_experts
 from fused_loss import fused_cross_entropy
+from models.momentum.configuration_momentum import MomentumConfig
+from models.momentum.modeling_momentum import MomentumForCausalLM
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +45,23 @@ def make_config() -> MixtralConfig:
     )
 
 
+def make_momentum_config(**fields: Any) -> MomentumConfig:
+    """The same architecture with momentum; `fields` replace or add keys of its config."""
+    shared = make_config().to_diff_dict()
+    shared.pop("model_type")
+    return MomentumConfig(**shared | fields)
+
+
+def class_of(config: MixtralConfig) -> type[MixtralForCausalLM]:
+    """What a config makes; momentum models are trained by the same code."""
+    return MomentumForCausalLM if isinstance(config, MomentumConfig) else MixtralForCausalLM
+
+
 def build(config: MixtralConfig, seed: int) -> MixtralForCausalLM:
     """A freshly initialised fp32 model that runs its experts with the fast training forward."""
     fast_experts.register()
     torch.manual_seed(seed)
-    model = MixtralForCausalLM(config)
+    model = class_of(config)(config)
     model.set_experts_implementation(fast_experts.IMPLEMENTATION)
     return model.train()
 
@@ -85,7 +100,7 @@ def compute_losses(model: MixtralForCausalLM, tokens: Tensor) -> Losses:
 
 def save(model: MixtralForCausalLM, out: Path) -> None:
     """Write bf16 safetensors and a config that plain transformers opens."""
-    config = MixtralConfig(**model.config.to_dict())
-    copy = MixtralForCausalLM(config).to(torch.bfloat16)
+    config = type(model.config)(**model.config.to_dict())
+    copy = type(model)(config).to(torch.bfloat16)
     copy.load_state_dict(model.state_dict())
     copy.save_pretrained(out)

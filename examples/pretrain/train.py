@@ -15,12 +15,12 @@ import json
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import MixtralForCausalLM
+from transformers import MixtralConfig, MixtralForCausalLM
 
 import model as architecture
 from tokens import sample_batch, training_streams
@@ -48,6 +48,7 @@ class Progress:
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    losses: list[float] = field(default_factory=list)  # cross-entropy of every step, in nats
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,9 +134,11 @@ def export(model: MixtralForCausalLM, files: Files) -> None:
         shutil.copyfile(files.tokenizer / name, files.out / name)
 
 
-def train(streams: Mapping[str, Tensor], recipe: Recipe, files: Files) -> Progress:
+def train(
+    streams: Mapping[str, Tensor], recipe: Recipe, files: Files, config: MixtralConfig
+) -> Progress:
     """Train to the last step, saving state and model on the way."""
-    model = architecture.build(architecture.make_config(), recipe.seed)
+    model = architecture.build(config, recipe.seed)
     optimizer = make_optimizer(model, recipe)
     progress = load_state(files.state, model, optimizer)
     while progress.step < recipe.steps:
@@ -144,6 +147,7 @@ def train(streams: Mapping[str, Tensor], recipe: Recipe, files: Files) -> Progre
         losses = train_step(model, optimizer, batch, recipe, progress.step)
         progress.step += 1
         progress.tokens += batch[:, 1:].numel()
+        progress.losses.append(losses.cross_entropy.item())
         progress.seconds += time.perf_counter() - began
         if progress.step % 20 == 0:
             log(progress, losses)
@@ -162,11 +166,13 @@ def log(progress: Progress, losses: architecture.Losses) -> None:
     )
 
 
-def check_export(out: Path, streams: Mapping[str, Tensor], recipe: Recipe) -> dict[str, float]:
+def check_export(
+    out: Path, streams: Mapping[str, Tensor], recipe: Recipe, config: MixtralConfig
+) -> dict[str, float]:
     """Loss of one fresh batch by the training code and by the saved model in plain transformers."""
     batch = batch_at(streams, recipe, recipe.steps)
-    reference = MixtralForCausalLM.from_pretrained(out).eval()
-    trained = architecture.build(architecture.make_config(), recipe.seed)
+    reference = architecture.class_of(config).from_pretrained(out).eval()
+    trained = architecture.build(config, recipe.seed)
     trained.load_state_dict(reference.state_dict())
     with torch.no_grad():
         fast = architecture.compute_losses(trained, batch).cross_entropy
@@ -207,9 +213,11 @@ def main() -> None:
     files = Files(args.out, args.tokenizer, args.state, args.save_every)
     streams = training_streams(args.corpus, args.tokenizer, args.held_out)
     print(json.dumps({"stream_tokens": {name: len(ids) for name, ids in streams.items()}}))
-    progress = train(streams, recipe, files)
-    check = check_export(args.out, streams, recipe)
-    print(json.dumps(asdict(recipe) | asdict(progress) | check))
+    config = architecture.make_config()
+    progress = train(streams, recipe, files, config)
+    check = check_export(args.out, streams, recipe, config)
+    done = {name: value for name, value in asdict(progress).items() if name != "losses"}
+    print(json.dumps(asdict(recipe) | done | check))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from models.families import (
     minimax,
     minimax_m2,
     mixtral,
+    momentum_smoe,
     nllb_moe,
     olmoe,
     phimoe,
@@ -36,6 +37,7 @@ _MODULES = (
     *(deepseek_v2, deepseek_v3, glm4_moe, ernie4_5_moe),
     *(hunyuan_v1_moe, afmoe, lfm2_moe, jamba),
     *(granitemoe, gpt_oss, switch_transformers, nllb_moe),
+    momentum_smoe,
 )
 FAMILIES: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in _MODULES}
 

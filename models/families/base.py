@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from models.errors import CheckpointError
@@ -66,6 +67,10 @@ class Family:
     router_groups_key: str | None = None
     fewest_per_router_group: int = 1
     encoder_decoder: bool = False
+    states: int = 1  # vectors of size H that a layer hands on for each token, at most
+    # Files of the family's classes and what config.json calls them, where transformers has none.
+    code: tuple[Path, ...] = ()
+    auto_map: Mapping[str, str] = field(default_factory=dict)
     # Feature (models.support) -> why this family cannot have it.
     unsupported: Mapping[str, str] = field(default_factory=dict)
     # Layers per stack; known once a config was read (`bound`).
@@ -199,13 +204,16 @@ class Family:
     def with_num_experts(self, config: dict[str, Any], count: int) -> dict[str, Any]:
         """config.json with `count` experts per layer.
 
-        Without `auto_map`: the code it points to is never copied, and the family's own class fits.
+        Without its `auto_map`: the code it points to is never copied, and the family's own class
+        fits; one that transformers does not have lies beside the weights.
         Layers that predict further tokens keep their experts, so that they no longer fit: none are
         announced.
         """
-        changes = {key: count for key in _COUNT_KEYS if key in config}
+        changes: dict[str, Any] = {key: count for key in _COUNT_KEYS if key in config}
         if _EXTRA_LAYERS in config and count != self.num_experts(config):
             changes[_EXTRA_LAYERS] = 0
+        if self.auto_map:
+            changes["auto_map"] = dict(self.auto_map)
         return {key: value for key, value in config.items() if key != "auto_map"} | changes
 
     def with_width(self, config: dict[str, Any], width: int) -> dict[str, Any]:

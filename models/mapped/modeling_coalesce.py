@@ -256,7 +256,8 @@ class _FactoredExperts(nn.Module):
         super().__init__()
         gate_up, down = whole.get_parameter("gate_up_proj"), whole.get_parameter("down_proj")
         half = torch.Size((gate_up.shape[1] // 2, gate_up.shape[2]))
-        self.num_experts, self.act_fn = count, whole.act_fn
+        self.num_experts = count
+        self.act_fn: Any = whole.act_fn
         self.gate_proj = _FactoredMatrices(count, half, factors["gate_proj"], axis)
         self.up_proj = _FactoredMatrices(count, half, factors["up_proj"], axis)
         self.down_proj = _FactoredMatrices(count, down.shape[1:], factors["down_proj"], axis)
@@ -359,27 +360,29 @@ def _refuse_faults(info: dict[str, Any]) -> None:
         raise ValueError(f"checkpoint and config.json disagree in {len(faults)} places: {shown}")
 
 
-def _config_class(family: str, stem: str) -> type[PreTrainedConfig]:
-    bases = (_MappedConfig, getattr(transformers, f"{stem}Config"))
+def config_class(family: str, base: type[PreTrainedConfig], module: str) -> type[PreTrainedConfig]:
+    """`Coalesce<Family>Config` for a family's own config, as if it stood in `module`."""
     body = {
-        "__module__": __name__,
+        "__module__": module,
         "__annotations__": dict(_MappedConfig.__annotations__),
         **dict.fromkeys(_MappedConfig.__annotations__),
         "model_type": f"coalesce_{family}",
         "_auto_class": "AutoConfig",
     }
-    return type(f"Coalesce{stem}Config", bases, body)
+    return type(f"Coalesce{base.__name__}", (_MappedConfig, base), body)
 
 
-def _model_class(stem: str, config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
-    bases = (_MappedCausalLM, getattr(transformers, f"{stem}ForCausalLM"))
-    body = {"__module__": __name__, "config_class": config}
-    return type(f"Coalesce{stem}ForCausalLM", bases, body)
+def model_class(
+    base: type[PreTrainedModel], config: type[PreTrainedConfig], module: str
+) -> type[PreTrainedModel]:
+    """`Coalesce<Family>ForCausalLM` for a family's own causal LM."""
+    body = {"__module__": module, "config_class": config}
+    return type(f"Coalesce{base.__name__}", (_MappedCausalLM, base), body)
 
 
 # transformers looks these classes up as attributes of the module.
 for _family, _stem in FAMILIES.items():
-    _config = _config_class(_family, _stem)
+    _config = config_class(_family, getattr(transformers, f"{_stem}Config"), __name__)
     globals()[_config.__name__] = _config
-    _model = _model_class(_stem, _config)
+    _model = model_class(getattr(transformers, f"{_stem}ForCausalLM"), _config, __name__)
     globals()[_model.__name__] = _model

@@ -15,6 +15,16 @@ def modeling_source() -> Path:
     return Path(__file__).with_name("modeling_coalesce.py")
 
 
+# Families that transformers does not have: model type -> stem, and the file with their classes.
+_OWN = {"momentum_smoe": ("Momentum", "modeling_coalesce_momentum.py")}
+
+
+def code_files(model_type: str) -> tuple[Path, ...]:
+    """Every file that a mapped folder of this family needs, but the family's own."""
+    more = (modeling_source().with_name(_OWN[model_type][1]),) if model_type in _OWN else ()
+    return (modeling_source(), *more)
+
+
 @cache
 def families() -> dict[str, str]:
     """Supported model types and the stems of their class names.
@@ -50,15 +60,16 @@ def config_json(
         UnknownFamily: the base model type has no mapped form.
     """
     family = base.get("model_type", "")
-    if family not in families():
+    stems = families() | {name: stem for name, (stem, _) in _OWN.items()}
+    if family not in stems:
         raise UnknownFamily(
-            f"no mapped format for model type {family!r}", f"supported: {', '.join(families())}"
+            f"no mapped format for model type {family!r}", f"supported: {', '.join(stems)}"
         )
     width: Any = expert_width
     if isinstance(expert_width, dict):
         width = {str(layer): n for layer, n in sorted(expert_width.items())}
-    config, model = (f"Coalesce{families()[family]}{kind}" for kind in ("Config", "ForCausalLM"))
-    module = modeling_source().stem
+    config, model = (f"Coalesce{stems[family]}{kind}" for kind in ("Config", "ForCausalLM"))
+    module = code_files(family)[-1].stem
     factors = {str(layer): each for layer, each in sorted((expert_factors or {}).items())}
     return base | {
         "model_type": f"coalesce_{family}",
@@ -77,10 +88,12 @@ def register() -> None:
     """Lets transformers open mapped folders without trust_remote_code. May be called repeatedly."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from models.mapped import modeling_coalesce
+    from models.mapped import modeling_coalesce, modeling_coalesce_momentum
 
-    for family, stem in families().items():
-        config = getattr(modeling_coalesce, f"Coalesce{stem}Config")
-        model = getattr(modeling_coalesce, f"Coalesce{stem}ForCausalLM")
+    known: list[tuple[str, str, Any]] = [(f, s, modeling_coalesce) for f, s in families().items()]
+    known += [(family, stem, modeling_coalesce_momentum) for family, (stem, _) in _OWN.items()]
+    for family, stem, module in known:
+        config = getattr(module, f"Coalesce{stem}Config")
+        model = getattr(module, f"Coalesce{stem}ForCausalLM")
         AutoConfig.register(f"coalesce_{family}", config, exist_ok=True)
         AutoModelForCausalLM.register(config, model, exist_ok=True)

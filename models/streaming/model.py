@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from models.checkpoint import FLOAT_BYTES, Checkpoint
+from models.classes import prepare_classes
 from models.errors import CheckpointError
 from models.partial import is_needed, narrow, needed_part
 from models.streaming.private import Converter
@@ -226,6 +227,7 @@ def _build(checkpoint: Checkpoint, dtype: str) -> tuple[Any, torch.dtype]:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    prepare_classes(checkpoint.config)
     try:
         config = AutoConfig.from_pretrained(
             checkpoint.folder, local_files_only=True, trust_remote_code=False

@@ -21,7 +21,12 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 MAPPED = """\
 The format is **mapped**: the router keeps all its rows and a map sends each original expert to a
 merged one. The modeling file beside the weights does that, so either trust it or install Coalesce
-and leave the flag out.
+and leave the flag out."""
+BRINGS_CODE = """\
+The format is **native**: the tensor names and the configuration are those of the original family.
+transformers does not have this family; its code lies beside the weights, so either trust it or
+install Coalesce and leave the flag out."""
+TRUSTED = """
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -85,7 +90,11 @@ def _verdict(report: dict[str, Any]) -> str:
 
 
 def _loading(report: dict[str, Any]) -> str:
-    code = MAPPED if part(report, "format") == "mapped" else NATIVE
+    code = NATIVE
+    if part(report, "format") == "mapped":
+        code = MAPPED + TRUSTED
+    elif story.brings_code(report):
+        code = BRINGS_CODE + TRUSTED
     rows = ((program, opens, _escape(how)) for program, opens, how in story.loading(report))
     return f"{code}\n\n{_table(('program', 'opens', 'how'), rows)}".replace("---:", "---")
 

@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
+from models.families import FAMILIES
 from orchestrator.report import facts, wording
 from orchestrator.report.facts import Variant, of_kind, part
 
+_ENGINES = ("vLLM", "llama.cpp")
 ARROW = " \N{RIGHTWARDS ARROW} "
 NO_RECOVERY = (
     "All quality numbers are WITHOUT recovery training: no weight was trained on the model's loss"
@@ -160,6 +162,12 @@ def rise(report: dict[str, Any]) -> float | None:
     return facts.log_ratio(*values)
 
 
+def brings_code(report: dict[str, Any]) -> bool:
+    """True for a family that transformers does not have itself."""
+    family = FAMILIES.get(str(part(report, "model", "family")))
+    return family is not None and bool(family.code)
+
+
 def loading(report: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Rows (program, opens, how) for the format of this checkpoint."""
     if part(report, "format") == "mapped":
@@ -173,6 +181,10 @@ def loading(report: dict[str, Any]) -> list[tuple[str, str, str]]:
             ("vLLM", "no", "its kernels have no expert map; use the native format"),
             ("llama.cpp", "no", "its converter has no expert map; use the native format"),
         ]
+    if brings_code(report):
+        how = "with the code beside the weights (trust_remote_code=True) or with Coalesce installed"
+        others = "the family's classes are not part of it; not tried by this run"
+        return [("transformers", "yes", how), *((n, "unknown", others) for n in _ENGINES)]
     return [
         ("transformers", "yes", "plain from_pretrained, unmodified; tried by this run"),
         ("vLLM", "expected", "same names and config keys as the original; not tried by this run"),

@@ -7,6 +7,7 @@ that the sums are the same to the last bit.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -83,23 +84,32 @@ class _Shard:
 
 
 class HiddenStates:
-    """The hidden states `[B, S, H]` of one batch in a file, in the type that the model runs in."""
+    """The hidden states `[B, S, H]` of one batch in a file, in the type that the model runs in.
+
+    With momentum they are `[B, S, 1 + n, H]` between layers: a layer's output is stored whole.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._shape: torch.Size | None = None
 
     def write(self, hidden: Tensor) -> None:
         """Over what is there. Not through the mapping: a full disk would kill the process."""
         raw = hidden.contiguous().view(torch.uint8).numpy(force=True)
         self._path.touch()
+        self._shape = hidden.shape
         with reporting_full_disk(self._path), self._path.open("r+b") as file:
             file.write(raw.data)
 
     def read(self, like: Tensor) -> Tensor:
-        """`[B, S, H]` on the CPU, of the shape and type of `like`; pages are read when touched."""
-        count, path = like.numel(), str(self._path)
-        mapped = torch.from_file(path, shared=False, size=count, dtype=like.dtype, device="cpu")
-        return mapped.view(like.shape)
+        """What was written, on the CPU, in the type of `like`; pages are read when touched.
+
+        It has the shape of `like` unless layers pass more than a hidden state to each other.
+        """
+        shape, path = self._shape or like.shape, str(self._path)
+        size = math.prod(shape)
+        mapped = torch.from_file(path, shared=False, size=size, dtype=like.dtype, device="cpu")
+        return mapped.view(shape)
 
 
 @contextmanager

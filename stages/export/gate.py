@@ -75,8 +75,8 @@ def _logits(model: Any) -> Any:
 
 def _expanded_difference(mapped: Any, base_config: dict[str, Any]) -> float:
     """Largest |difference| of logits to a plain model in which every slot is filled, in fp32."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
+    # The mapped classes derive from the family's own, which transformers need not have.
+    family, plain_config = type(mapped).__bases__[-1], type(mapped.config).__bases__[-1]
     state = mapped.state_dict()
     for name, module in mapped.named_modules():
         if hasattr(module, "dense_tensors"):  # stored as U V + S
@@ -87,7 +87,8 @@ def _expanded_difference(mapped: Any, base_config: dict[str, Any]) -> float:
         block = name.removesuffix("expert_map")
         for part in [n for n in state if n.startswith(block)]:
             state[part] = state[part][slots]
-    plain = AutoModelForCausalLM.from_config(AutoConfig.for_model(**base_config)).float()
+    fields = {key: value for key, value in base_config.items() if key != "model_type"}
+    plain = family(plain_config(**fields)).float()
     plain.load_state_dict(state)
     return float((_logits(plain.eval()) - _logits(mapped.float())).abs().max())
 

@@ -55,7 +55,7 @@ class ExportUnit:
     def outputs(self) -> Sequence[Path]:
         """Everything in the folder but the model card, which is written with the report."""
         names = [target_name(i, len(self.files)) for i in range(len(self.files))]
-        names += [INDEX, "config.json", *self._format.extra_files()]
+        names += [INDEX, "config.json", *self._format.extra_files(self.moe)]
         return [self.output / name for name in [*names, *_companions(self.moe)]]
 
     @property
@@ -116,7 +116,7 @@ def assemble(unit: ExportUnit, folder: Path) -> None:
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     form = FORMATS[unit.config.format]
     write_json(folder / "config.json", form.config_json(unit.moe, unit.decisions, unit.config))
-    for name, path in form.extra_files().items():
+    for name, path in form.extra_files(unit.moe).items():
         shutil.copyfile(path, folder / name)
     for name in _companions(unit.moe):
         shutil.copyfile(unit.moe.checkpoint.folder / name, folder / name)
@@ -144,7 +144,7 @@ def _expectations(unit: ExportUnit) -> dict[str, Any]:
     compare = form.needs_code and checkpoint.nbytes <= unit.config.compare_limit_bytes
     return {
         "threads": unit.threads,
-        "needs_code": form.needs_code,
+        "needs_code": form.needs_code or bool(unit.moe.family.code),
         "opens_with": unit.moe.family.auto_class,
         "parameters": sum(each.parameters for each in unit.layouts) - unloaded_elements(unit.moe),
         "expanded_config": _plain_config(unit) if compare else None,

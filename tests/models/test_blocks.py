@@ -23,6 +23,7 @@ SPARSE = {
     "Jamba": (1,),
     "Afmoe": (1, 2),
     "Lfm2Moe": (1, 2),
+    "Momentum": (0, 2),
 }
 
 

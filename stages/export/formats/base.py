@@ -49,5 +49,5 @@ class Format(Protocol):
     ) -> dict[str, Any]:
         """The config.json of the output."""
 
-    def extra_files(self) -> Mapping[str, Path]:
+    def extra_files(self, moe: MoeCheckpoint) -> Mapping[str, Path]:
         """File name -> source of files that belong beside the weights."""

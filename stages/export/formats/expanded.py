@@ -55,9 +55,9 @@ class Expanded:
         original = moe.family.with_num_experts(moe.checkpoint.config, moe.num_experts)
         return narrowed(moe, decisions, original)
 
-    def extra_files(self) -> Mapping[str, Path]:
-        """None."""
-        return {}
+    def extra_files(self, moe: MoeCheckpoint) -> Mapping[str, Path]:
+        """The family's classes, where transformers has none."""
+        return {path.name: path for path in moe.family.code}
 
 
 def refuse_dropped(decisions: Sequence[LayerDecision], name: str) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from models.expert import Expert
 from models.factored import AnyExpert, FactoredExpert, plain
 from models.families.storage import Fused
-from models.mapped.registration import config_json, modeling_source
+from models.mapped.registration import code_files, config_json
 from models.moe import MoeCheckpoint
 from models.support import require
 from stages.compress.config import CompressConfig
@@ -72,9 +72,10 @@ class Mapped:
         axis = None if config.compress is None else config.compress.axis
         return config_json(moe.checkpoint.config, counts, width, factors or None, axis)
 
-    def extra_files(self) -> Mapping[str, Path]:
-        """The modeling file."""
-        return {modeling_source().name: modeling_source()}
+    def extra_files(self, moe: MoeCheckpoint) -> Mapping[str, Path]:
+        """The modeling file, and the family's classes where transformers has none."""
+        files = *code_files(moe.family.model_type), *moe.family.code
+        return {path.name: path for path in files}
 
 
 def _packed(storage: Fused, merged: Sequence[AnyExpert]) -> dict[str, Tensor]:

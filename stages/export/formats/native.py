@@ -70,9 +70,9 @@ class Native:
         original = moe.checkpoint.config
         return narrowed(moe, decisions, moe.family.with_num_experts(original, kept))
 
-    def extra_files(self) -> Mapping[str, Path]:
-        """None."""
-        return {}
+    def extra_files(self, moe: MoeCheckpoint) -> Mapping[str, Path]:
+        """The family's classes, where transformers has none."""
+        return {path.name: path for path in moe.family.code}
 
 
 def narrowed(

@@ -101,8 +101,8 @@ def test_dropped_experts_are_refused(moe: MoeCheckpoint) -> None:
         Mapped().check(moe, decisions)
 
 
-def test_the_modeling_file_goes_with_the_weights() -> None:
-    (path,) = Mapped().extra_files().values()
+def test_the_modeling_file_goes_with_the_weights(moe: MoeCheckpoint) -> None:
+    (path,) = Mapped().extra_files(moe).values()
 
     assert path == modeling_source()
     assert Mapped().needs_code

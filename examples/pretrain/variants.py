@@ -1,0 +1,145 @@
+"""Train SMoE and MomentumSMoE variants on the same data and compare their losses.
+
+    python variants.py --config variants.yaml --data ../bundled/data \
+        --tokenizer ../bundled/model --out /tmp/variants
+
+Every variant starts from the same seed and sees the same batches in the same order; what differs is
+the `variants` section of the config. Interrupted training continues: variants that are done are
+read, the one in progress goes on from its state. At the end `losses.json` holds training losses and
+held-out perplexities, and `losses.png` shows them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from matplotlib.figure import Figure
+from torch import Tensor
+
+import model as architecture
+from inspect_model import domain_streams, mean_loss, windows
+from models.momentum.configuration_momentum import MomentumConfig
+from train import Files, Recipe, check_export, train
+
+SMOOTHED = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What the config file says."""
+
+    recipe: Recipe
+    configs: Mapping[str, MomentumConfig]
+
+
+def read_config(path: Path, **changes: Any) -> Comparison:
+    """The recipe and one model config per variant; `changes` replace entries of the recipe."""
+    found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    recipe = {**found["recipe"], **changes}
+    configs = {
+        name: architecture.make_momentum_config(**(found.get("model") or {}), **fields)
+        for name, fields in found["variants"].items()
+    }
+    return Comparison(Recipe(**recipe), configs)
+
+
+def held_out_losses(folder: Path, held_out: Mapping[str, Tensor], length: int) -> dict[str, float]:
+    """Cross-entropy in nats per domain of a saved model."""
+    model = architecture.MomentumForCausalLM.from_pretrained(folder).eval()
+    return {
+        domain: mean_loss(model, windows(stream, len(stream), length))
+        for domain, stream in held_out.items()
+    }
+
+
+def run_variant(
+    name: str,
+    comparison: Comparison,
+    streams: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
+    folder: Path,
+    files: Files,
+) -> dict[str, Any]:
+    """Train one variant, or read what it gave; `streams` are those of training and held-out."""
+    result = folder / name / "result.json"
+    if result.exists():
+        found: dict[str, Any] = json.loads(result.read_text())
+        return found
+    recipe, config = comparison.recipe, comparison.configs[name]
+    print(f"variant {name}", flush=True)
+    progress = train(streams[0], recipe, files, config)
+    check_export(files.out, streams[0], recipe, config)
+    losses = held_out_losses(files.out, streams[1], recipe.sequence_length)
+    made = {
+        "losses": progress.losses,
+        "seconds": progress.seconds,
+        "held_out_loss": losses,
+        "held_out_perplexity": math.exp(sum(losses.values()) / len(losses)),
+    }
+    result.write_text(json.dumps(made))
+    return made
+
+
+def draw(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """Training losses, each a mean over `SMOOTHED` steps."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, result in results.items():
+        losses = torch.tensor(result["losses"])
+        means = losses[: len(losses) // SMOOTHED * SMOOTHED].view(-1, SMOOTHED).mean(1)
+        steps = SMOOTHED * torch.arange(1, len(means) + 1)
+        label = f"{name}, held-out perplexity {result['held_out_perplexity']:.1f}"
+        axes.plot(steps.numpy(), means.numpy(), label=label)
+    axes.set_xlabel("step")
+    axes.set_ylabel(f"training loss, nats per token, mean of {SMOOTHED} steps")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def parse_args() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="Compare SMoE and MomentumSMoE variants.")
+    parser.add_argument("--config", type=Path, default=Path("variants.yaml"))
+    parser.add_argument("--data", type=Path, required=True, help="folder of the bundled parquet")
+    parser.add_argument("--tokenizer", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, help="instead of the config's")
+    parser.add_argument("--seed", type=int, help="instead of the config's")
+    parser.add_argument("--held-out-tokens", type=int, default=20_000, help="per domain")
+    parser.add_argument("--save-every", type=int, default=100)
+    parser.add_argument("--threads", type=int, default=2)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Command line entry point."""
+    args = parse_args()
+    torch.set_num_threads(args.threads)
+    given = {"steps": args.steps, "seed": args.seed}
+    changes = {name: value for name, value in given.items() if value is not None}
+    comparison = read_config(args.config, **changes)
+    held_out = domain_streams([args.data / "validation.parquet"], args.tokenizer)
+    streams = (
+        domain_streams([args.data / "calibration.parquet"], args.tokenizer),
+        {name: ids[: args.held_out_tokens + 1] for name, ids in held_out.items()},
+    )
+    results = {}
+    for name in comparison.configs:
+        (args.out / name).mkdir(parents=True, exist_ok=True)
+        state = args.out / name / "state.pt"
+        files = Files(args.out / name / "model", args.tokenizer, state, args.save_every)
+        results[name] = run_variant(name, comparison, streams, args.out, files)
+    (args.out / "losses.json").write_text(json.dumps(results))
+    draw(results, args.out / "losses.png")
+    print(json.dumps({name: found["held_out_perplexity"] for name, found in results.items()}))
+
+
+if __name__ == "__main__":
+    main()
