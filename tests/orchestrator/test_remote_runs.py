@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import Any
 
 import pytest
 
+from orchestrator.events import read_events
 from tests.cluster.faults import Driver, Holds, environment, kill
 from tests.orchestrator.tiny_run import Command, Inputs, snapshot
 from tests.s3 import KEY, SECRET, Store, serving, talking_to
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +158,35 @@ def test_a_store_that_is_down_is_for_another_time(inputs: Inputs, coalesce: Comm
     with talking_to(server):
         outcome = coalesce("run", recipe)
     assert outcome.code == 75 and "no answer for s3://down/model" in outcome.err
+
+
+def test_a_finished_run_is_sent_later_and_read_from_a_cache_as_the_same_model(
+    finished: Inputs, coalesce: Command, tmp_path: Path
+) -> None:
+    inputs, target = Inputs(tmp_path / "inputs"), tmp_path / "store" / "out"
+    shutil.copytree(finished.root, inputs.root)
+    cache = {"dir": str(tmp_path / "cache"), "local_paths": True}
+    recipe = inputs.recipe(upload={"url": f"file://{target}"}, cache=cache)
+    outcome = coalesce("run", recipe)
+    assert outcome.code == 0, outcome.err
+    output = inputs.run_dir / "output"
+    assert {path.name for path in target.iterdir()} == {
+        "coalesce.json",
+        *(path.name for path in output.iterdir()),
+    }
+    ended = list(read_events(inputs.run_dir / "events.jsonl"))
+    again = [
+        e for e in ended if e["event"] == "unit_done" and e["stage"] in ("verify", "transform")
+    ]
+    assert [each["resumed"] for each in again] == [False] * (len(again) // 2) + [True] * (
+        len(again) // 2
+    )
+    assert not list(tmp_path.glob("cache/*/*.safetensors"))
+    # Another run may not write there.
+    other = inputs.recipe(run_dir=str(tmp_path / "other"), upload={"url": f"file://{target}"})
+    outcome = coalesce("run", other)
+    assert outcome.code == 2 and "does not belong to this run" in outcome.err
+    assert not (tmp_path / "other").exists()
 
 
 def leaked(folder: Path, *secrets: str) -> list[Path]:
