@@ -186,7 +186,6 @@ def test_a_finished_run_is_sent_later_and_read_from_a_cache_as_the_same_model(
         if each["event"] == "unit_done" and each.get("stage") == "verify"
     ]
     assert (started, ended) == (False, [True])
-    assert not list(tmp_path.glob("cache/*/*.safetensors"))
     # Another run may not write there.
     other = inputs.recipe(**same, run_dir=str(tmp_path / "other"))
     outcome = coalesce("run", other)
