@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import Any
 
 import pytest
 
+from orchestrator.events import read_events
 from tests.cluster.faults import Driver, Holds, environment, kill
 from tests.orchestrator.tiny_run import Command, Inputs, snapshot
 from tests.s3 import KEY, SECRET, Store, serving, talking_to
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +158,39 @@ def test_a_store_that_is_down_is_for_another_time(inputs: Inputs, coalesce: Comm
     with talking_to(server):
         outcome = coalesce("run", recipe)
     assert outcome.code == 75 and "no answer for s3://down/model" in outcome.err
+
+
+def test_a_finished_run_is_sent_later_and_read_from_a_cache_as_the_same_model(
+    finished: Inputs, coalesce: Command, tmp_path: Path
+) -> None:
+    run_dir, target = tmp_path / "run", tmp_path / "store" / "out"
+    shutil.copytree(finished.run_dir, run_dir)
+    inputs = Inputs(tmp_path)
+    same = {
+        "model__path": str(finished.model),
+        "calibrate__data__sources": [{"path": str(finished.text), "domain": "prose"}],
+        "upload": {"url": f"file://{target}"},
+    }
+    cache = {"dir": str(tmp_path / "cache"), "local_paths": True}
+    recipe = inputs.recipe(**same, cache=cache)
+    outcome = coalesce("run", recipe)
+    assert outcome.code == 0, outcome.err
+    output = run_dir / "output"
+    assert {path.name for path in target.iterdir()} == {
+        "coalesce.json",
+        *(path.name for path in output.iterdir()),
+    }
+    started, *ended = [
+        each["resumed"]
+        for each in read_events(run_dir / "events.jsonl")
+        if each["event"] == "unit_done" and each.get("stage") == "verify"
+    ]
+    assert (started, ended) == (False, [True])
+    # Another run may not write there.
+    other = inputs.recipe(**same, run_dir=str(tmp_path / "other"))
+    outcome = coalesce("run", other)
+    assert outcome.code == 2 and "does not belong to this run" in outcome.err
+    assert not (tmp_path / "other").exists()
 
 
 def leaked(folder: Path, *secrets: str) -> list[Path]:
