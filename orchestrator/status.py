@@ -13,7 +13,7 @@ from rich.table import Table
 from orchestrator.errors import RunFolderError
 from orchestrator.estimate import human
 from orchestrator.events import Event, read_events
-from orchestrator.progress import STAGES
+from orchestrator.progress import STAGES, TURNS
 from orchestrator.run_folder import RunFolder
 
 _SLOWEST = 3
@@ -105,7 +105,8 @@ def table(folder: RunFolder) -> Table:
     for name in ("stage", "state", "units", "rate", "seconds", "ETA", "retries", "peak memory"):
         shown.add_column(name, justify="left" if name in ("stage", "state") else "right")
     found = stages(folder)
-    for stage in STAGES:
+    turns = [stage for stage in TURNS if stage in found]
+    for stage in sorted([*STAGES, *turns], key=lambda name: STAGES.index(TURNS.get(name, name))):
         entry = found.get(stage)
         if entry is None:
             shown.add_row(stage, "waiting")

@@ -317,10 +317,10 @@ def test_a_block_of_all_layers_is_the_original_target_but_for_rounding(tmp_path:
 
 
 @pytest.mark.slow
-def test_each_target_brings_the_layers_behind_it_nearer_to_the_original_stream(
+def test_sequential_layers_leave_less_missing_to_the_original_stream(
     tmp_path: Path,
 ) -> None:
-    ids, off = torch.randint(2, 60, (8, 40), generator=torch.Generator().manual_seed(1)), []
+    off = []
     for target in ("original", "sequential"):
         refit = REFIT | {"target": target, "polish": {"steps": 0}, "strengths": [0.01]}
         sample = {"tokens": 2000, "statistics": False}
@@ -333,6 +333,8 @@ def test_each_target_brings_the_layers_behind_it_nearer_to_the_original_stream(
         calibrate = {"data": data, "shards": 2, "batch_size": 8, "sample": sample}
         job = prepared(tmp_path / target, refit=refit, calibrate=calibrate)
         run(job)
+        blocks = read_blocks(job.folder.calibration_tokens)
+        ids = torch.tensor([block.tokens for block in blocks if len(block.tokens) == 48])
         with torch.inference_mode():
             whole, reduced = (
                 opened(folder).base_model(ids).last_hidden_state

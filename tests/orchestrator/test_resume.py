@@ -100,6 +100,35 @@ def test_a_killed_local_run_is_finished_with_identical_bytes(
     assert not list(run_dir.rglob("*.tmp"))
 
 
+SEQUENTIAL = ("executor.kind=local", "evaluate=null", "refit.target=sequential")
+CHAIN_KILL_POINTS = {
+    "while streams are carried": "refit/block-00001/.part-*.tmp/compressed",
+    "between parts of the text": "refit/block-00002/part-00001.safetensors.json",
+    "between blocks of layers": "layers/layer-00002.safetensors.json",
+}
+
+
+@pytest.fixture(scope="module")
+def sequential(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("sequential") / "run"
+    done = finish(run_dir, *SEQUENTIAL)
+    assert done.returncode == 0, done.stderr
+    return run_dir
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", CHAIN_KILL_POINTS.values(), ids=CHAIN_KILL_POINTS)
+def test_a_run_killed_while_it_refits_in_turn_is_finished_with_identical_bytes(
+    tmp_path: Path, sequential: Path, pattern: str
+) -> None:
+    run_dir = tmp_path / "run"
+    kill_when(run_dir, pattern, *SEQUENTIAL)
+    done = finish(run_dir, *SEQUENTIAL)
+    assert done.returncode == 0, done.stderr
+    assert bytes_of(run_dir) == bytes_of(sequential)
+    assert not list(run_dir.rglob("*.tmp")) and not (run_dir / "refit").exists()
+
+
 @pytest.mark.slow
 def test_a_run_killed_while_it_streams_is_finished_by_the_other_engine(
     tmp_path: Path, uninterrupted: Path
