@@ -19,7 +19,7 @@ from rich.progress import (
 from orchestrator.events import Event, Listener
 
 STAGES = (
-    "verify", "corpus", "calibrate", "inputs", "subsample",
+    "verify", "corpus", "calibrate", "inputs", "subsample", "probe",
     "group", "transform", "export", "evaluate", "report",
 )  # fmt: skip
 _LINE_EVERY_SECONDS = 10.0
