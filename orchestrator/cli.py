@@ -66,22 +66,6 @@ def calibrate(
 
 
 @app.command()
-def sweep(
-    config: Recipe,
-    overrides: Overrides = None,
-    build: Annotated[
-        list[str] | None,
-        typer.Option("--build", metavar="METHOD:BUDGET", help="Build and measure; repeatable."),
-    ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print the result only.")] = False,
-) -> None:
-    """Decide many (method, budget) pairs on one observation: bytes and predicted errors."""
-    from orchestrator.commands.sweep import sweep_command
-
-    sweep_command(_load(config, overrides).config, build or [], quiet=quiet)
-
-
-@app.command()
 def plan(
     config: Recipe,
     overrides: Overrides = None,
@@ -106,6 +90,22 @@ def validate(
     from orchestrator.commands.validate import validate_command
 
     validate_command(_load(config, overrides).config, deep=deep)
+
+
+@app.command()
+def sweep(
+    config: Recipe,
+    overrides: Overrides = None,
+    build: Annotated[
+        list[str] | None,
+        typer.Option("--build", metavar="METHOD:BUDGET", help="Build and measure; repeatable."),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print the result only.")] = False,
+) -> None:
+    """Decide many (method, budget) pairs on one observation: bytes and predicted errors."""
+    from orchestrator.commands.sweep import sweep_command
+
+    sweep_command(_load(config, overrides).config, build or [], quiet=quiet)
 
 
 @app.command()

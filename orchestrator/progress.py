@@ -19,7 +19,7 @@ from rich.progress import (
 from orchestrator.events import Event, Listener
 
 STAGES = (
-    "verify", "corpus", "calibrate", "inputs", "subsample",
+    "verify", "corpus", "calibrate", "inputs", "subsample", "probe",
     "group", "transform", "export", "evaluate", "report",
 )  # fmt: skip
 # Takes turns with another stage, in some runs.

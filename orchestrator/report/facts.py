@@ -11,7 +11,7 @@ from typing import Any
 from orchestrator.report.wording import as_float, baseline, finite
 
 STAGES = (
-    "verify", "corpus", "calibrate", "inputs", "subsample", "reduce", "group", "decide",
+    "verify", "corpus", "calibrate", "inputs", "subsample", "probe", "reduce", "group", "decide",
     "align", "merge", "carry", "transform", "export", "baselines", "evaluate", "report",
 )  # fmt: skip
 EQUAL_BYTES = 0.02

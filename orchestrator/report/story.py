@@ -46,7 +46,11 @@ def experts_phrase(report: dict[str, Any]) -> str:
 
 def _width_phrase(report: dict[str, Any]) -> str:
     wide, narrow = part(report, "width", "before"), part(report, "width", "after")
-    return f"{wide}{ARROW}{narrow} neurons each" if narrow not in (None, wide) else ""
+    if narrow in (None, wide):
+        return ""
+    by_layer = part(report, "width", "layers")
+    narrow = (_span(by_layer) if isinstance(by_layer, dict) else "") or narrow
+    return f"{wide}{ARROW}{narrow} neurons each"
 
 
 def _span(counts: dict[str, Any]) -> str:

@@ -129,6 +129,8 @@ def formats(run: Prepared, method: AnyMethod) -> list[str]:
     wanted = run.config.sweep.format
     if wanted != "auto":
         return [wanted]
+    if method.uneven:
+        return ["mapped"]
     plain = method.prunes or method.narrows
     return ["native", "mapped"] if plain else ["mapped", "native"]
 

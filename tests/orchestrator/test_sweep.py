@@ -97,6 +97,21 @@ def test_pairs_that_cannot_be_say_why(ran: Ran, coalesce: Command) -> None:
     assert f"reap {1 / EXPERTS}: 1 experts per layer" in done.out
 
 
+def test_a_divided_budget_is_used_up_and_predicted_to_cost_less(
+    ran: Ran, coalesce: Command
+) -> None:
+    method = {"method": "coalesce", "multiple": 2}
+    methods = [method, method | {"divide": "predicted"}, method | {"divide": "probe"}]
+    done = coalesce("sweep", ran.recipe(sweep={"methods": methods, "ratios": [0.5]}), "--quiet")
+
+    assert done.code == 0, done.err
+    even, divided, probed = found(ran.run_dir)
+    assert sum(divided["width"].values()) == sum(even["width"].values())
+    assert divided["predicted_error"]["mean"] <= even["predicted_error"]["mean"]
+    assert (even["format"], divided["format"]) == ("native", "mapped")
+    assert "cannot read what was probed" in probed["refused"]
+
+
 @pytest.mark.slow
 def test_chosen_points_have_the_bytes_that_were_promised(ran: Ran, coalesce: Command) -> None:
     held = {"sources": [{"path": str(ran.made.text), "domain": "prose"}], "tokens": 256}

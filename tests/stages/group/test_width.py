@@ -17,7 +17,7 @@ from stages.export.layout import file_layouts, sizes
 from stages.group.config import Budget, Coalesce
 from stages.group.decision import from_table, to_table
 from stages.group.stage import decide
-from stages.group.width import Widths, kept_width
+from stages.group.width import Widths, kept_steps, kept_width, spread
 from tests.tiny import EXPERTS, FAMILIES, PROPERTY, WIDTH, save_tiny, statistics_of
 from tests.tiny_families import save_family
 
@@ -51,6 +51,22 @@ def test_a_budget_in_bytes_is_met_and_used_up(target: int, multiple: int) -> Non
         return
     assert width % multiple == 0 and 1000 + 10 * width <= target
     assert width + multiple > 96 or 1000 + 10 * (width + multiple) > target
+
+
+@PROPERTY
+@given(target=st.integers(1080, 3000), layers=st.integers(1, 7))
+def test_a_divided_budget_pays_for_every_step_and_no_more(target: int, layers: int) -> None:
+    budget = Budget(target_bytes=target)
+    steps = kept_steps(budget, 16, WIDTHS, 8, layers)
+    widths = spread(steps, layers, 8)
+
+    def size(neurons: int) -> float:
+        return 1000 + 10 * neurons / layers  # a layer has its share of `per_neuron`
+
+    assert sum(widths) == 8 * steps and max(widths) - min(widths) <= 8
+    assert min(widths) >= kept_width(budget, 16, WIDTHS, 8)
+    assert size(sum(widths)) <= target
+    assert size(sum(widths) + 8) > target or sum(widths) == 96 * layers
 
 
 def test_a_budget_for_no_neuron_says_what_everything_takes() -> None:
