@@ -98,6 +98,16 @@ def unfitted(refit: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return lines
 
 
+def untrained(router: str) -> list[str]:
+    """One line if the routers choose at random."""
+    if router != "reinit":
+        return []
+    return [
+        "the routers were drawn anew (export.router=reinit) and choose at random: train them before"
+        " this checkpoint is used or judged"
+    ]
+
+
 def overlaps(done: Iterable[Done]) -> dict[str, dict[str, Any]]:
     """Domain -> how much of the calibration text is evaluated; empty: not compared."""
     for each in done:

@@ -14,7 +14,7 @@ from orchestrator import flops
 from orchestrator.config import RunConfig
 from orchestrator.events import read_events
 from orchestrator.preflight import Prepared
-from orchestrator.report.cautions import cautions, overlaps
+from orchestrator.report.cautions import cautions, overlaps, untrained
 from orchestrator.report.history import history
 from orchestrator.run_folder import MAIN, versions
 from stages.calibrate import coverage
@@ -193,7 +193,7 @@ def _warnings(found: Collected) -> list[str]:
 def found_cautions(found: Collected) -> list[str]:
     """What is known of domains once everything was measured."""
     config = found.prepared.config
-    return cautions(
+    lines = cautions(
         _quality(found.measured).get("perplexity", {}),
         found.statistics["domain"].unique().to_pylist(),
         config.group.task,
@@ -201,6 +201,7 @@ def found_cautions(found: Collected) -> list[str]:
         config.calibrate.dedup,
         _layers(found)["refit"],
     )
+    return [*lines, *untrained(config.export.router)]
 
 
 def _engines(found: Collected) -> dict[str, dict[str, int]]:

@@ -119,6 +119,8 @@ def test_a_run_merges_by_its_sample_and_continues(
 
     again_made = sorted(job.folder.layers(MAIN).glob("*.safetensors"))
     assert [path.read_bytes() for path in again_made] == layers
+    warnings = json.loads((job.folder.report / "report.json").read_text())["warnings"]
+    assert any("choose at random" in line for line in warnings) == name.endswith("reinit")
     assert len(plain) == len(layers)
     assert [path.read_bytes() for path in plain] != layers
 
