@@ -250,7 +250,8 @@ class _FactoredExperts(nn.Module):
         super().__init__()
         gate_up, down = whole.get_parameter("gate_up_proj"), whole.get_parameter("down_proj")
         half = torch.Size((gate_up.shape[1] // 2, gate_up.shape[2]))
-        self.num_experts, self.act_fn = count, whole.act_fn
+        self.num_experts = count
+        self.act_fn: Any = whole.act_fn
         self.gate_proj = _FactoredMatrices(count, half, factors["gate_proj"], axis)
         self.up_proj = _FactoredMatrices(count, half, factors["up_proj"], axis)
         self.down_proj = _FactoredMatrices(count, down.shape[1:], factors["down_proj"], axis)
@@ -298,7 +299,8 @@ def _grouped_linear(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -
     known = x.dtype == torch.bfloat16 or (x.device.type == "cpu" and x.dtype == torch.float32)
     if aligned and known and len(x) and hasattr(nn.functional, "grouped_mm"):
         return nn.functional.grouped_mm(x.contiguous(), turned, offs=ends)
-    # The kernel takes these types alone and rows of whole 16 bytes; the same in one batch, padded to the longest group.
+    # The kernel takes these types alone, and rows of whole 16 bytes. The same in one batch, padded
+    # to the longest group.
     starts = torch.cat([ends.new_zeros(1), ends[:-1]])
     longest = int((ends - starts).max()) if len(x) else 0
     place = starts[:, None] + torch.arange(longest, device=x.device)
