@@ -140,6 +140,17 @@ def logs(
 
 
 @app.command()
+def densify(
+    source: Annotated[Path, typer.Argument(metavar="FOLDER", help="A mapped checkpoint.")],
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="A folder that is new.")],
+) -> None:
+    """Write a mapped checkpoint in its family's own form, every slot of the router filled."""
+    from stages.export.densify import densify as write
+
+    typer.echo(f"{target}: {write(source, target):,} bytes of weights")
+
+
+@app.command()
 def report(run_dir: RunDir) -> None:
     """Write index.html of a finished run again, and print its path and headline."""
     from orchestrator.commands.report import report_command

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from models.factored import Axis, Factored
 from stages.compress.config import CompressConfig
-from stages.compress.lowrank import at_least_fp32, rank_from_ratio, residual, truncated_factors
+from stages.compress.lowrank import at_least_fp32, fast_factors, rank_from_ratio, residual
 from stages.compress.randomised import randomised_svd, worthwhile
 from stages.compress.sparse import cut, importance, kept_count, strongest
 from stages.compress.whiten import second_moments, whitened_factors
@@ -79,4 +79,4 @@ def _factors(
         left, values, right = randomised_svd(at_least_fp32(weight), shape.rank)
         root = values.sqrt()
         return left * root, root[:, None] * right
-    return truncated_factors(weight, shape.rank)
+    return fast_factors(weight, shape.rank)

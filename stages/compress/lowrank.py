@@ -29,6 +29,33 @@ def truncated_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return left[:, :rank] * root, root[:, None] * right[:rank]
 
 
+def leading(matrix: Tensor, rank: int) -> Tensor:
+    """P [H, r]: orthonormal, the space of the r largest left singular vectors of [H, W] in fp64.
+
+    By the eigenvectors of the smaller Gram matrix, several times faster than a full decomposition.
+    Squaring costs half of the digits: singular values below 1e-8 of the largest are not told
+    apart, which lies below the rounding of weights in fp32.
+    """
+    height, width = matrix.shape
+    if height <= width:
+        return torch.linalg.eigh(matrix @ matrix.T)[1].flip(1)[:, :rank]
+    vectors = torch.linalg.eigh(matrix.T @ matrix)[1].flip(1)[:, :rank]
+    return torch.linalg.qr(matrix @ vectors)[0]
+
+
+def projected(matrix: Tensor, space: Tensor) -> tuple[Tensor, Tensor]:
+    """U and V in fp32 with U V = P P'W for `space` P [H, r]; column i and row i of equal norm."""
+    right = space.T @ matrix
+    root = right.norm(dim=1).sqrt()
+    return (space * root).float(), (right / torch.where(root > 0, root, 1.0)[:, None]).float()
+
+
+def fast_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """U V of `truncated_factors` in fp32, by `leading`; each pair up to its sign."""
+    wide = weight.double()
+    return projected(wide, leading(wide, rank))
+
+
 def residual(weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """S = W - U V: what the low-rank part leaves over, so that U V + S is W again."""
     return at_least_fp32(weight) - left @ right

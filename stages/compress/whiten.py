@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stages.compress.lowrank import at_least_fp32
+from stages.compress.lowrank import leading, projected
 
 
 def second_moments(inputs: Tensor, ridge: float) -> Tensor:
@@ -33,12 +33,8 @@ def whitened_factors(weight: Tensor, rank: int, moments: Tensor) -> tuple[Tensor
     Raises:
         ValueError: C is not positive definite.
     """
-    wide = at_least_fp32(weight).double()
+    wide = weight.double()
     factor, failed = torch.linalg.cholesky_ex(moments)
     if int(failed):
         raise ValueError("second moments are not positive definite: a ridge above 0 is needed")
-    leading = torch.linalg.svd(wide @ factor, full_matrices=False)[0][:, :rank]
-    right = leading.T @ wide
-    root = right.norm(dim=1).sqrt()
-    safe = torch.where(root > 0, root, 1.0)
-    return (leading * root).float(), (right / safe[:, None]).float()
+    return projected(wide, leading(wide @ factor, rank))

@@ -178,10 +178,10 @@ def _fresh_process(folder: Path, expected: dict[str, Any]) -> dict[str, Any]:
 
 
 def _companions(moe: MoeCheckpoint) -> list[str]:
-    """Tokenizer, generation config and the like: copied as they are."""
-    skipped = {"config.json", INDEX}
-    return sorted(
-        path.name
-        for path in moe.checkpoint.folder.iterdir()
-        if path.is_file() and path.name not in skipped and is_metadata(path.name)
-    )
+    """Names of the files that are copied as they are."""
+    return sorted(path.name for path in moe.checkpoint.folder.iterdir() if is_companion(path))
+
+
+def is_companion(path: Path) -> bool:
+    """Tokenizer, generation config and the like, beside the weights of a checkpoint."""
+    return path.is_file() and path.name not in {"config.json", INDEX} and is_metadata(path.name)

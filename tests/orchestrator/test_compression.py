@@ -11,7 +11,7 @@ import transformers
 
 from models.mapped.registration import register
 from orchestrator.load import load
-from orchestrator.preflight import expected_layouts, prepare
+from orchestrator.preflight import expected_decisions, expected_layouts, prepare
 from tests.orchestrator.tiny_run import Command, Inputs
 from tests.tiny import logits_of, random_ids
 
@@ -132,3 +132,33 @@ def test_skipped_layers_stay_whole_and_no_s_is_possible(coalesce: Command, input
     assert outcome.code == 0, outcome.err
     config = json.loads((inputs.run_dir / "output" / "config.json").read_text())
     assert config["expert_factors"] == {"1": {f"{n}_proj": [4, 0] for n in ("gate", "up", "down")}}
+
+
+def test_a_budget_in_bytes_counts_the_factors(inputs: Inputs) -> None:
+    """More experts fit when each of them is smaller."""
+    kept = []
+    for section in (None, {"rank": 4, "sparse": 0.1}):
+        changes = SMALL | {"group__budget": {"target_bytes": 70_000}, "compress": section}
+        run = prepare(load(str(inputs.recipe(**changes))).config)
+        layouts = expected_layouts(run.variants[0], run.moe)
+        assert sum(each.file_bytes for each in layouts) <= 70_000
+        kept.append(
+            sum(len(d.representatives) for d in expected_decisions(run.variants[0], run.moe))
+        )
+    assert kept[0] < kept[1]
+
+
+def test_baselines_are_pruned_to_the_bytes_of_the_factors(inputs: Inputs) -> None:
+    text = {"sources": [{"path": str(inputs.text)}], "tokens": 256, "sequence_length": 16}
+    evaluate = {"data": text, "baselines": ["frequency"]}
+    section = {"rank": 7, "sparse": 0.0}
+    changes = {"export__format": "mapped", "compress": section, "evaluate": evaluate}
+    keep = {"group__budget": {"keep_ratio": 1.0}}
+    run = prepare(load(str(inputs.recipe(**(changes | keep)))).config)
+
+    sizes = [sum(each.file_bytes for each in expected_layouts(v, run.moe)) for v in run.variants]
+
+    assert run.variants[1].export.compress is None
+    assert len(expected_decisions(run.variants[0], run.moe)[0].representatives) == 8
+    assert len(expected_decisions(run.variants[1], run.moe)[0].representatives) < 8
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.1)

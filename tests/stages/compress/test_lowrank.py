@@ -10,7 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stages.compress.lowrank import rank_from_ratio, residual, stable_rank, truncated_factors
+from stages.compress.lowrank import (
+    fast_factors,
+    rank_from_ratio,
+    residual,
+    stable_rank,
+    truncated_factors,
+)
 from tests.tiny import PROPERTY, random_input
 
 SHAPES = {"height": st.integers(1, 20), "width": st.integers(1, 20), "seed": st.integers(0, 99)}
@@ -59,6 +65,37 @@ def test_the_factors_have_the_asked_rank_and_equal_norms(
 
     assert (left.shape, right.shape) == ((height, rank), (rank, width))
     torch.testing.assert_close(left.norm(dim=0), right.norm(dim=1), rtol=1e-4, atol=1e-5)
+
+
+@PROPERTY
+@given(data=st.data(), **SHAPES)
+def test_the_fast_factors_lose_as_little_as_the_exact_ones(
+    data: st.DataObject, height: int, width: int, seed: int
+) -> None:
+    weight = random_input(height, width, seed)
+    rank = at_rank(data, height, width)
+
+    left, right = fast_factors(weight, rank)
+
+    best = residual(weight, *truncated_factors(weight, rank)).norm()
+    assert float(residual(weight, left, right).norm()) == pytest.approx(float(best), abs=1e-4)
+    torch.testing.assert_close(left.norm(dim=0), right.norm(dim=1), rtol=1e-4, atol=1e-4)
+
+
+@PROPERTY
+@given(rank=st.integers(1, 6), true=st.integers(0, 6), tall=st.booleans())
+def test_the_fast_factors_of_a_matrix_of_lower_rank_are_that_matrix(
+    rank: int, true: int, tall: bool
+) -> None:
+    weight = random_input(9, true, 1) @ random_input(true, 7, 2)
+    weight = weight.T if tall else weight
+
+    left, right = fast_factors(weight, rank)
+
+    assert left.isfinite().all() and right.isfinite().all()
+    assert left.shape[1] == rank
+    if rank >= true:
+        torch.testing.assert_close(left @ right, weight, rtol=1e-4, atol=1e-4)
 
 
 def test_half_precision_is_factored_in_fp32() -> None:
