@@ -17,8 +17,8 @@ from models.streaming.model import LayerCall, StreamedModel
 from stages.carry.capture import capturing, factor
 from tests.tiny_families import FAMILIES, ragged, save_family
 
-# Families that put a norm behind their experts.
-NORMED = {"Afmoe"}
+# Families that put a norm behind their experts, or keep momentum of what they add up to.
+NORMED = {"Afmoe", "Momentum"}
 
 
 def last_layer(folder: Path) -> tuple[StreamedModel, LayerCall, nn.Module]:
