@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+import numpy as np
 import pyarrow as pa
 
 from stages.calibrate.finite import refuse_not_finite
@@ -66,7 +67,8 @@ class Recorder:
     def _add_up(self) -> None:
         waiting, self._waiting = self._waiting, []
         for batch, layer, routed in waiting:
-            sums = layer_sums(routed, self._num_experts)
+            with np.errstate(all="ignore"):  # what is not finite is refused in the next line
+                sums = layer_sums(routed, self._num_experts)
             refuse_not_finite(layer, routed, batch, sums)
             key = batch.domain, layer
             add(self._sums.setdefault(key, empty_sums(self._num_experts)), sums)
