@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -13,6 +14,7 @@ import pytest
 
 from models.checkpoint import Checkpoint
 from models.errors import StorageError
+from models.remote import store as module
 from models.remote.origin import catalogue
 from models.remote.store import head, listed, look, put
 from models.remote.texts import fetch_texts
@@ -76,6 +78,17 @@ def test_text_is_fetched_once_and_again_when_it_changes(store: Store, tmp_path: 
     assert fetch_texts("s3://texts/*", tmp_path, (".jsonl",)) == [first, second]
     assert (first.read_bytes(), second.read_bytes()) == (b"1", b"4")
     assert first.stat().st_mtime_ns == times[0] and second.stat().st_mtime_ns != times[1]
+
+
+def test_without_s3fs_the_remedy_is_one_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fsspec.registry import _registry
+
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.delitem(_registry, "s3", raising=False)
+    module._filesystem.cache_clear()
+    with pytest.raises(StorageError, match="s3:// URLs need a package that is missing") as caught:
+        listed("s3://bucket/model")
+    assert caught.value.remedy == "pip install 'coalesce-moe[s3]'"
 
 
 class Quiet(SimpleHTTPRequestHandler):
