@@ -113,6 +113,7 @@ model.save_pretrained(sys.argv[3])
 """
 
 
+@pytest.mark.slow
 def test_the_folder_opens_without_coalesce(tmp_path: Path) -> None:
     """The code beside the weights is enough, and what it saves opens again."""
     model = of("post_ln", "robust")
