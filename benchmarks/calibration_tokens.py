@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.output import show
-from benchmarks.quality import BUNDLED, Task, all_work, claim, only_domain
+from benchmarks.quality import BUNDLED, Task, all_work, claim, only_domain, rounded
 from benchmarks.quality_cell import Setup
 from benchmarks.quality_methods import Cell
 from benchmarks.quality_summary import DEFAULT, summary
@@ -65,7 +65,7 @@ def collect(
         {"tokens": task.setup.tokens, "rows": each}
         for task, each in zip(tasks[:-1], rows, strict=False)
     ]
-    return {
+    found: dict[str, Any] = {
         "benchmark": "quality against calibration tokens",
         "setup": {k: v for k, v in setup.settings().items() if k not in ("tokens", "sample")},
         "versions": versions(),
@@ -74,6 +74,8 @@ def collect(
         "calibration_tokens": sized,
         "one_domain": {"domain": domain, "tokens": tasks[-1].setup.tokens, "rows": rows[-1]},
     }
+    brief: dict[str, Any] = rounded(found)
+    return brief
 
 
 def tables(found: dict[str, Any]) -> str:

@@ -174,16 +174,16 @@ def collect(
             {"tokens": tokens, "rows": rows(f"tokens-{tokens}")} for tokens in TOKENS
         ]
         found["one_domain"] = {"domain": domain, "rows": rows("domain")}
-    rounded: dict[str, Any] = _rounded(found)
-    return rounded
+    brief: dict[str, Any] = rounded(found)
+    return brief
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """Five significant digits: more would be noise in a file that people compare."""
     if isinstance(value, dict):
-        return {key: _rounded(each) for key, each in value.items()}
+        return {key: rounded(each) for key, each in value.items()}
     if isinstance(value, list):
-        return [_rounded(each) for each in value]
+        return [rounded(each) for each in value]
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
