@@ -28,7 +28,9 @@ WAYS = ("uniform", "probe", "predicted")
 def main() -> None:
     """Prints a row per (seed, share of neurons, way); with --out, goes on where it ended."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one seed, half, few tokens")
+    parser.add_argument(
+        "--quick", action="store_true", help="one seed, half, few tokens, no polish"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "divide")
     parser.add_argument("--seeds", type=int, default=1)
     given = parser.parse_args()
@@ -51,6 +53,9 @@ def measured(out: Path, seed: int, keep: float, way: str, *, quick: bool) -> dic
     values["calibrate"]["statistics"] = str(seen / "statistics.arrow")
     values["group"] = {"method": "coalesce", "divide": way, "budget": {"keep_ratio": keep}}
     values["export"] = {"format": "mapped"}
+    if quick:
+        values["refit"] = {"polish": {"steps": 0}}
+        values["probe"] = {"ratios": [0.25, 0.5, 0.75], "tokens": 2048, "positions": 512}
     job = prepare(validate(values))
     probed = RunFolder(seen).probe
     if way == "probe" and probed.exists() and not job.folder.probe.exists():
@@ -81,13 +86,17 @@ def config(folder: Path, seed: int, *, quick: bool) -> dict[str, Any]:
         source = {"path": str(BUNDLED / "data" / f"{name}.parquet"), "domain_column": "domain"}
         return {"sources": [source], "tokens": tokens, "sequence_length": 256, "seed": seed}
 
-    observed, held = (10_240, 2560) if quick else (81_920, 10_240)
+    observed, sample, held = (10_240, 1024, 2560) if quick else (81_920, 4096, 10_240)
     common = {"batch_size": 16, "dtype": "float32"}
     return {
         "run_dir": str(folder),
         "model": {"path": str(BUNDLED / "model"), "verify": "headers"},
         "calibrate": common
-        | {"data": data("calibration", observed, seed), "shards": 1, "sample": {"seed": seed}},
+        | {
+            "data": data("calibration", observed, seed),
+            "shards": 2,
+            "sample": {"tokens": sample, "seed": seed},
+        },
         "evaluate": common | {"data": data("test", held, 0), "baselines": [], "kl_positions": 512},
         "executor": {"kind": "local"},
     }

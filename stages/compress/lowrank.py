@@ -38,9 +38,11 @@ def leading(matrix: Tensor, rank: int) -> Tensor:
     """
     height, width = matrix.shape
     if height <= width:
-        return torch.linalg.eigh(matrix @ matrix.T)[1].flip(1)[:, :rank]
-    vectors = torch.linalg.eigh(matrix.T @ matrix)[1].flip(1)[:, :rank]
-    return torch.linalg.qr(matrix @ vectors)[0]
+        left: Tensor = torch.linalg.eigh(matrix @ matrix.T)[1].flip(1)
+        return left[:, :rank]
+    right: Tensor = torch.linalg.eigh(matrix.T @ matrix)[1].flip(1)
+    space: Tensor = torch.linalg.qr(matrix @ right[:, :rank])[0]
+    return space
 
 
 def projected(matrix: Tensor, space: Tensor) -> tuple[Tensor, Tensor]:
