@@ -31,6 +31,7 @@ QUALITY: dict[str, tuple[dict[str, Any] | None, bool]] = {
     "merged": (None, False),
     "merged, U V + S": (SIZE, False),
     "merged, U V + S by inputs": (SIZE | FITTED, False),
+    "merged and refitted": (None, True),
     "merged and refitted, U V + S by inputs, U solved again": (SIZE | FITTED, True),
 }
 
@@ -99,7 +100,8 @@ def main() -> None:
         config = CompressConfig(**SIZE)
         rows, figures = measure(Path(root), config, *size, 5 if quick else 9, 512)
         qualities = quality(Path(root), quick)
-    best = min(each["perplexity_over_original"] for each in qualities[1:])
+    small = [row for row in qualities if QUALITY[row["variant"]][0] is not None]
+    best = min(row["perplexity_over_original"] for row in small)
     show(
         "compress",
         rows,

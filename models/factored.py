@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from models.expert import Expert
@@ -72,9 +71,3 @@ AnyExpert = Expert | FactoredExpert
 def plain(expert: AnyExpert) -> Expert:
     """The expert with whole matrices, for formats that know no other."""
     return expert.dense() if isinstance(expert, FactoredExpert) else expert
-
-
-def no_rows(like: Tensor) -> tuple[Tensor, Tensor]:
-    """Index [0] and kept rows [0, W] of an empty S, for a matrix [H, W]."""
-    index = torch.empty(0, dtype=torch.int64, device=like.device)
-    return index, like.new_empty(0, like.shape[1])

@@ -38,11 +38,12 @@ def leading(matrix: Tensor, rank: int) -> Tensor:
     """
     height, width = matrix.shape
     if height <= width:
-        left: Tensor = torch.linalg.eigh(matrix @ matrix.T)[1].flip(1)
-        return left[:, :rank]
-    right: Tensor = torch.linalg.eigh(matrix.T @ matrix)[1].flip(1)
-    space: Tensor = torch.linalg.qr(matrix @ right[:, :rank])[0]
-    return space
+        space: Tensor = torch.linalg.eigh(matrix @ matrix.T)[1].flip(1)[:, :rank]
+        return space
+    vectors = torch.linalg.eigh(matrix.T @ matrix)[1].flip(1)[:, :rank]
+    # By QR, since vectors of singular values near zero are no longer orthogonal after the product.
+    basis: Tensor = torch.linalg.qr(matrix @ vectors)[0]
+    return basis
 
 
 def projected(matrix: Tensor, space: Tensor) -> tuple[Tensor, Tensor]:

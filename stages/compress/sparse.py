@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-import torch
 from torch import Tensor
 
 from models.factored import Axis
@@ -44,11 +43,3 @@ def strongest(scores: Tensor, count: int) -> Tensor:
 def cut(rest: Tensor, axis: Axis, index: Tensor) -> Tensor:
     """The chosen rows of S [n, W], or its chosen columns as rows [n, H]."""
     return (rest if axis == "rows" else rest.T).index_select(0, index)
-
-
-def masked(rest: Tensor, axis: Axis, index: Tensor) -> Tensor:
-    """S [H, W] with everything but the chosen rows or columns set to zero."""
-    kept = torch.zeros_like(rest)
-    turned = kept if axis == "rows" else kept.T
-    turned.index_copy_(0, index, cut(rest, axis, index))
-    return kept

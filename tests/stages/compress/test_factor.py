@@ -13,7 +13,8 @@ from models.factored import Factored
 from stages.compress.config import CompressConfig
 from stages.compress.factor import factor, shape_of
 from stages.compress.lowrank import residual, truncated_factors
-from stages.compress.sparse import importance, masked, strongest
+from stages.compress.sparse import importance, strongest
+from tests.stages.compress.test_sparse import masked
 from tests.tiny import PROPERTY, random_input
 
 AXES = st.sampled_from(["rows", "columns"])

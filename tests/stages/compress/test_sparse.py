@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stages.compress.sparse import cut, importance, kept_count, masked, strongest
+from stages.compress.sparse import cut, importance, kept_count, strongest
 from tests.tiny import PROPERTY, random_input
 
 AXES = st.sampled_from(["rows", "columns"])
@@ -27,6 +29,14 @@ def slow_importance(rest: Tensor, axis: str, x: Tensor) -> list[float]:
             without[:, i] = 0
         found.append(float((full - x @ without.T).square().sum()))
     return found
+
+
+def masked(rest: Tensor, axis: Any, index: Tensor) -> Tensor:
+    """S [H, W] with everything but the chosen rows or columns set to zero."""
+    kept = torch.zeros_like(rest)
+    turned = kept if axis == "rows" else kept.T
+    turned.index_copy_(0, index, cut(rest, axis, index))
+    return kept
 
 
 @PROPERTY
