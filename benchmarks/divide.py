@@ -34,9 +34,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "divide")
     parser.add_argument("--seeds", type=int, default=1)
     given = parser.parse_args()
+    out = given.out.absolute() / ("quick" if given.quick else "full")
     seeds, keeps = (1, (0.5,)) if given.quick else (given.seeds, (0.5, 0.25))
     rows = [
-        measured(given.out.absolute(), seed, keep, way, quick=given.quick)
+        measured(out, seed, keep, way, quick=given.quick)
         for seed in range(seeds)
         for keep in keeps
         for way in WAYS
