@@ -118,5 +118,6 @@ def throughput(event: Event) -> str:
 
 def _title(stage: str) -> str:
     place = TURNS.get(stage, stage)
-    number = STAGES.index(place) + 1 if place in STAGES else 0
-    return f"[{number}/{len(STAGES)}] {stage}"
+    if place not in STAGES:
+        return stage
+    return f"[{STAGES.index(place) + 1}/{len(STAGES)}] {stage}"

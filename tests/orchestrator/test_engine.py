@@ -16,7 +16,7 @@ from orchestrator.events import Event
 from orchestrator.load import load
 from orchestrator.plan import Row, rows, summary
 from orchestrator.preflight import Prepared, prepare
-from orchestrator.progress import describe, listener
+from orchestrator.progress import STAGES, describe, listener
 from orchestrator.run import run
 from stages.calibrate.streaming import KEPT_ARGUMENT_BYTES
 from tests.orchestrator.tiny_run import Inputs
@@ -195,7 +195,7 @@ def test_a_run_says_which_engine_it_uses_and_why(inputs: Inputs) -> None:
     run(prepared(inputs, "calibrate.memory_bytes=1000000"), [events.append])
 
     (event,) = (each for each in events if each["event"] == "engine")
-    assert describe(event).startswith("[3/10] calibrate: streaming engine: a worker with the whole")
+    assert describe(event).startswith(f"[3/{len(STAGES)}] calibrate: streaming engine: a worker with the whole")
     assert "does not fit into 1.0 MB" in describe(event)
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from orchestrator.errors import RunFolderError
 from orchestrator.events import Event, EventLog, read_events
-from orchestrator.progress import describe, listener
+from orchestrator.progress import STAGES, describe, listener
 from orchestrator.run_folder import RunFolder
 from orchestrator.status import as_json, details, headline, stages, table
 from tests.orchestrator.tiny_run import Command, Inputs
@@ -165,7 +165,7 @@ def test_what_a_unit_says_includes_rate_and_time_left() -> None:
         "event": "unit_done", "stage": "calibrate", "done": 2, "units": 8,
         "amount": 5000, "of": "tokens", "elapsed_seconds": 2.0, "eta_seconds": 6.0,
     }  # fmt: skip
-    assert describe(event) == "[3/10] calibrate: 2/8 2,500 tokens/s, 6 s left"
+    assert describe(event) == f"[3/{len(STAGES)}] calibrate: 2/8 2,500 tokens/s, 6 s left"
 
 
 def test_a_log_file_gets_plain_lines_and_not_one_for_every_unit(
