@@ -195,7 +195,8 @@ def test_a_run_says_which_engine_it_uses_and_why(inputs: Inputs) -> None:
     run(prepared(inputs, "calibrate.memory_bytes=1000000"), [events.append])
 
     (event,) = (each for each in events if each["event"] == "engine")
-    assert describe(event).startswith(f"[3/{len(STAGES)}] calibrate: streaming engine: a worker with the whole")
+    stage = f"[3/{len(STAGES)}] calibrate"
+    assert describe(event).startswith(f"{stage}: streaming engine: a worker with the whole")
     assert "does not fit into 1.0 MB" in describe(event)
 
 
