@@ -54,7 +54,7 @@ def test_a_run_that_will_not_fit_on_the_disk_is_refused_with_numbers(
 ) -> None:
     fill(small_disk, 64 << 10)
     recipe = inputs.recipe(run_dir=str(small_disk / "run"))
-    assert_refused(coalesce, inputs, recipe, "will write 151,608 bytes", "65,536 are free")
+    assert_refused(coalesce, inputs, recipe, "will write 154,680 bytes", "65,536 are free")
     assert not (small_disk / "run").exists()
 
 
