@@ -99,6 +99,7 @@ def parsed(text: str) -> dict[str, float]:
     return found
 
 
+@pytest.mark.fault
 def test_a_lost_worker_shows_in_events_status_log_and_metrics(
     executor: RayExecutor, tmp_path: Path
 ) -> None:

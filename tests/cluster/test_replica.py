@@ -186,6 +186,7 @@ def test_a_replica_that_loses_a_rank_is_made_anew_and_its_shards_count_once(
     assert reduce(units).equals(expected, check_metadata=True)
 
 
+@pytest.mark.fault
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_is_alive_but_silent_is_noticed_in_time(
@@ -202,6 +203,7 @@ def test_a_rank_that_is_alive_but_silent_is_noticed_in_time(
     assert time.monotonic() - start > 12
 
 
+@pytest.mark.fault
 @pytest.mark.slow
 def test_a_rank_that_stops_when_the_others_have_ended_is_noticed(
     executor: RayExecutor, files: Path, tmp_path: Path, expected: pa.Table
@@ -223,6 +225,7 @@ def test_a_rank_may_be_lost_while_it_loads(executor: RayExecutor, tmp_path: Path
     assert sorted(found) == list(range(6))
 
 
+@pytest.mark.fault
 @pytest.mark.slow
 def test_a_shard_that_always_loses_a_rank_ends_the_run_by_name(
     executor: RayExecutor, files: Path, tmp_path: Path

@@ -71,6 +71,7 @@ def test_variants_see_the_same_batches_and_save_models_that_open(tmp_path: Path)
     assert opened.config.momentum_kind == "adam" and opened.config.block_style == "post_ln"
 
 
+@pytest.mark.fault
 @pytest.mark.slow
 def test_training_that_was_killed_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     whole = compare(tmp_path / "whole", 60, momentum={"mu": 0.7})

@@ -72,6 +72,7 @@ def driver(inputs: Inputs, store: Store, holds: Path | None = None) -> Driver:
     return Driver(inputs, inputs.run_dir, env=environment(holds, **store.environment))
 
 
+@pytest.mark.fault
 def test_a_run_killed_while_it_fetches_and_while_it_sends_goes_on(
     inputs: Inputs, store: Store, tmp_path: Path
 ) -> None:
