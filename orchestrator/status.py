@@ -109,7 +109,7 @@ def table(folder: RunFolder) -> Table:
     for stage in sorted([*STAGES, *turns], key=lambda name: STAGES.index(TURNS.get(name, name))):
         entry = found.get(stage)
         if entry is None:
-            shown.add_row(stage, "waiting")
+            shown.add_row(stage, "not needed" if headline(folder) == "finished" else "waiting")
             continue
         running = entry["state"] == "running"
         eta = f"{entry['eta']:.0f} s" if running and entry["eta"] is not None else ""
