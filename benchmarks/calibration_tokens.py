@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.output import show
+from benchmarks.pages import show_or_put
 from benchmarks.quality import BUNDLED, Task, all_work, claim, only_domain, rounded
 from benchmarks.quality_cell import Setup
 from benchmarks.quality_methods import Cell
 from benchmarks.quality_summary import DEFAULT, summary
-from benchmarks.quality_table import between, one_domain_table, tokens_table
+from benchmarks.quality_table import one_domain_table, tokens_table
 from models.atomic import write_json
 from orchestrator.run_folder import versions
 
@@ -105,11 +106,7 @@ def main() -> None:
     """Prints all rows; the last line is JSON. With --table: tables of a file, nothing is run."""
     options = options_of()
     if options.table:
-        body = tables(json.loads(options.table.read_text()))
-        if options.page is None:
-            print(body, end="")
-        else:
-            options.page.write_text(between(options.page.read_text(), MARKS, body))
+        show_or_put(tables(json.loads(options.table.read_text())), options.page, MARKS)
         return
     setup = setup_of(options)
     with tempfile.TemporaryDirectory() as scratch:

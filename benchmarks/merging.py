@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from benchmarks.output import show
+from benchmarks.pages import show_or_put
 from benchmarks.quality import BUNDLED
-from benchmarks.quality_table import between
 from models.atomic import write_json
 from orchestrator.load import validate
 from orchestrator.preflight import prepare
@@ -114,11 +114,7 @@ def main() -> None:
     parser.add_argument("--page", type=Path, help="with --table: write it between a page's marks")
     options = parser.parse_args()
     if options.table:
-        body = tables(json.loads(options.table.read_text()))
-        if options.page is None:
-            print(body, end="")
-        else:
-            options.page.write_text(between(options.page.read_text(), MARKS, body))
+        show_or_put(tables(json.loads(options.table.read_text())), options.page, MARKS)
         return
     torch.set_num_threads(1)
     tokens, evaluated = (8192, 2560) if options.quick else (81_920, 10_240)

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.output import show
+from benchmarks.pages import show_or_put
 from benchmarks.quality_cell import Setup, measure_cell, observe_seed
 from benchmarks.quality_methods import METHODS, QUICK, Cell, cells
 from benchmarks.quality_summary import DEFAULT, best_other, default_over_best_other, fewer, summary
-from benchmarks.quality_table import page_with, tables
+from benchmarks.quality_table import MARKS, tables
 from models.atomic import write_json
 from orchestrator.errors import ConfigError
 from orchestrator.run_folder import versions
@@ -210,18 +211,11 @@ def options_of(words: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def _show_tables(found: dict[str, Any], page: Path | None) -> None:
-    if page is None:
-        print(tables(found), end="")
-    else:
-        page.write_text(page_with(page.read_text(), found))
-
-
 def main() -> None:
     """Prints all rows; the last line is JSON. With --table: tables of a file, nothing is run."""
     options = options_of()
     if options.table:
-        _show_tables(json.loads(options.table.read_text()), options.page)
+        show_or_put(tables(json.loads(options.table.read_text())), options.page, MARKS)
         return
     setup = setup_of(options)
     with tempfile.TemporaryDirectory() as scratch:

@@ -8,30 +8,7 @@ from typing import Any
 from benchmarks.quality_summary import DEFAULT, Row, best_other, fewer
 
 # What stands between these lines of a page comes from the file.
-BEGIN, END = "<!-- quality: begin -->\n", "<!-- quality: end -->\n"
-
-
-def page_with(page: str, found: Mapping[str, Any]) -> str:
-    """The page with the tables between its two marks replaced.
-
-    Raises:
-        ValueError: it has no such marks.
-    """
-    return between(page, (BEGIN, END), tables(found))
-
-
-def between(page: str, marks: tuple[str, str], body: str) -> str:
-    """The page with what stands between its two marks replaced.
-
-    Raises:
-        ValueError: it has no such marks.
-    """
-    begin, end = marks
-    before, _, rest = page.partition(begin)
-    _, mark, after = rest.partition(end)
-    if not mark:
-        raise ValueError(f"the page has no lines {begin!r} and {end!r}")
-    return f"{before}{begin}\n{body}\n{end}{after}"
+MARKS = ("<!-- quality: begin -->\n", "<!-- quality: end -->\n")
 
 
 def tables(found: Mapping[str, Any]) -> str:

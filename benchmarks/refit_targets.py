@@ -17,6 +17,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.output import show
+from benchmarks.pages import show_or_put
 from benchmarks.quality import BUNDLED, RATIOS, all_work
 from benchmarks.quality import Task as QualityTask
 from benchmarks.quality_cell import Setup
@@ -26,7 +27,7 @@ from models.atomic import write_json
 from orchestrator.run_folder import versions
 
 # What stands between these lines of a page comes from the file.
-BEGIN, END = "<!-- refit targets: begin -->\n", "<!-- refit targets: end -->\n"
+MARKS = ("<!-- refit targets: begin -->\n", "<!-- refit targets: end -->\n")
 BLOCK = 2
 
 
@@ -100,19 +101,6 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def page_with(page: str, rows: Sequence[dict[str, Any]]) -> str:
-    """The page with the table between its two marks replaced.
-
-    Raises:
-        ValueError: it has no such marks.
-    """
-    before, first, rest = page.partition(BEGIN)
-    _, mark, after = rest.partition(END)
-    if not first or not mark:
-        raise ValueError(f"the page has no lines {BEGIN!r} and {END!r}")
-    return f"{before}{BEGIN}\n{table(rows)}\n{END}{after}"
-
-
 def options_of() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -156,10 +144,7 @@ def main() -> None:
     options = options_of()
     if options.table:
         rows = json.loads(options.table.read_text())["rows"]
-        if options.page:
-            options.page.write_text(page_with(options.page.read_text(), rows))
-        else:
-            print(table(rows), end="")
+        show_or_put(table(rows), options.page, MARKS)
         return
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(options.out or scratch).absolute()

@@ -5,6 +5,7 @@ Lies beside the weights with `modeling_coalesce.py` and the files of MomentumSMo
 
 from .modeling_coalesce import config_class, model_class
 
+# mypy sees one of the two places alone, and which one depends on where it stands.
 try:  # beside the weights
     from .modeling_momentum import (  # type: ignore[import-not-found, import-untyped, unused-ignore]
         MomentumConfig,

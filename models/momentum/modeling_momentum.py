@@ -134,11 +134,13 @@ def _with_momentum(hidden: Tensor, parts: int) -> Tensor:
     return torch.cat([hidden.unsqueeze(2), zeros], dim=2)
 
 
+# transformers has no types: here, and in the two classes below.
 class MomentumPreTrainedModel(MixtralPreTrainedModel):  # type: ignore[misc]
     """What the model shares with its causal LM."""
 
     config: MomentumConfig
     config_class = MomentumConfig
+    # As transformers spells them: its own classes and readers expect plain class attributes.
     _no_split_modules = ["PreNormLayer", "PostNormLayer"]  # noqa: RUF012
     _can_record_outputs = {  # noqa: RUF012
         **MixtralPreTrainedModel._can_record_outputs,

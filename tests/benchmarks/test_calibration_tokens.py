@@ -17,7 +17,7 @@ from benchmarks.calibration_tokens import (
     setup_of,
     tables,
 )
-from benchmarks.quality_table import between
+from benchmarks.pages import between
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FOUND: dict[str, Any] = json.loads((REPOSITORY / "docs/results/calibration.json").read_text())

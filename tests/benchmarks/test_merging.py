@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks.merging import ALIGNMENT, MARKS, METHODS, ROUTERS, recipe, tables
-from benchmarks.quality_table import between
+from benchmarks.pages import between
 from orchestrator.load import validate
 
 REPOSITORY = Path(__file__).resolve().parents[2]

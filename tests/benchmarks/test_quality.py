@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.pages import between
 from benchmarks.quality import RATIOS, claim, only_domain, options_of, setup_of
 from benchmarks.quality_cell import agreement, flops_per_token
 from benchmarks.quality_control import random_expert
 from benchmarks.quality_methods import METHODS, cells
 from benchmarks.quality_summary import default_over_best_other, standard_error, summary
-from benchmarks.quality_table import page_with
+from benchmarks.quality_table import MARKS, tables
 from models.expert import Expert
 from models.moe import MoeCheckpoint
 from orchestrator.errors import ConfigError
@@ -30,7 +31,7 @@ FOUND: dict[str, Any] = json.loads((REPOSITORY / "docs/results/quality.json").re
 
 def test_the_docs_hold_exactly_the_tables_of_the_file() -> None:
     page = (REPOSITORY / "docs" / "methods.md").read_text()
-    assert page_with(page, FOUND) == page
+    assert between(page, MARKS, tables(FOUND)) == page
 
 
 def test_the_file_holds_the_default_and_every_published_method_at_every_ratio() -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.refit_targets import BLOCK, TargetCell, cells, page_with, summary
+from benchmarks.pages import between
+from benchmarks.refit_targets import BLOCK, MARKS, TargetCell, cells, summary, table
 from stages.refit.config import RefitConfig
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -17,7 +18,7 @@ FOUND: dict[str, Any] = json.loads((REPOSITORY / "docs/results/refit_targets.jso
 
 def test_the_docs_hold_exactly_the_table_of_the_file() -> None:
     page = (REPOSITORY / "docs" / "reduction.md").read_text()
-    assert page_with(page, FOUND["rows"]) == page
+    assert between(page, MARKS, table(FOUND["rows"])) == page
 
 
 def test_every_target_is_measured_at_every_ratio_and_no_two_cells_share_a_file() -> None:

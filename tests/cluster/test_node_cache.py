@@ -85,6 +85,7 @@ class Wake:
 
 def make_wake() -> Callable[[Wake], None]:
     def wake(_: Wake) -> None:
+        # Loaded for their weight alone: nothing of them is used.
         import s3fs  # noqa: F401
         import torch  # noqa: F401
 

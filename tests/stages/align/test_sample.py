@@ -17,7 +17,6 @@ from torch import Tensor
 from models.atomic import file_digest
 from models.expert import Expert
 from models.moe import MoeCheckpoint
-from models.tensors import write_tensors
 from stages.align.activations import activation_gain
 from stages.align.config import AlignConfig
 from stages.align.sample import evenly, seen
@@ -29,6 +28,7 @@ from stages.inputs.read import LayerInputs
 from stages.merge.config import MergeConfig
 from stages.transform.stage import TransformUnit, plan, run_one
 from stages.unit import execute
+from tests.samples import store
 from tests.tiny import (
     EXPERTS,
     HIDDEN,
@@ -67,13 +67,6 @@ def sample(layer: int = 0, domains: int = 1) -> LayerInputs:
         seed=0,
         inputs={},
     )
-
-
-def store(inputs: LayerInputs, path: Path) -> tuple[Path, str]:
-    kinds = ("hidden", "ids", "gates", "logits", "block", "position", "domain")
-    metadata = {"layer": inputs.layer, "domains": list(inputs.domains), "seed": 0, "inputs": {}}
-    write_tensors(path, {kind: getattr(inputs, kind) for kind in kinds}, metadata)
-    return path, file_digest(path)
 
 
 class Planted:

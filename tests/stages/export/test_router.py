@@ -17,13 +17,13 @@ from torch import Tensor
 from models.atomic import file_digest
 from models.errors import CheckpointError
 from models.moe import MoeCheckpoint
-from models.tensors import write_tensors
 from stages.errors import StatisticsError
 from stages.export.config import ExportConfig
 from stages.export.router import check_router, fit_rows, group_logits, settled_routers
 from stages.group.decision import LayerDecision, from_labels
 from stages.inputs.read import LayerInputs
 from stages.transform.stage import run_one
+from tests.samples import store
 from tests.tiny import (
     EXPERTS,
     HIDDEN,
@@ -71,13 +71,6 @@ def sample(moe: MoeCheckpoint, layer: int, constant: float = 0.0, domains: int =
         seed=0,
         inputs={},
     )
-
-
-def store(inputs: LayerInputs, path: Path) -> tuple[Path, str]:
-    kinds = ("hidden", "ids", "gates", "logits", "block", "position", "domain")
-    metadata = {"layer": inputs.layer, "domains": list(inputs.domains), "seed": 0, "inputs": {}}
-    write_tensors(path, {kind: getattr(inputs, kind) for kind in kinds}, metadata)
-    return path, file_digest(path)
 
 
 def decisions_of(moe: MoeCheckpoint, labels: list[int]) -> list[LayerDecision]:
