@@ -77,6 +77,9 @@ class ExecutorConfig(Settings):
     gpus_per_worker: int = Field(default=0, ge=0)
     # Part of the arithmetic: sums depend on the number of threads in their last bits.
     threads_per_unit: int = Field(default=1, gt=0)
+    # How evaluation and the reload gate hold a model: resident is whole, streaming one decoder
+    # layer at a time. auto: whole where a worker's memory (calibrate.memory_bytes) has room for it.
+    engine: Literal["resident", "streaming", "auto"] = "auto"
     # Calibration only: processes that hold one copy of the model together, each with its share of
     # the experts (DeepSpeed).
     ranks_per_replica: int = Field(default=1, gt=0)

@@ -15,7 +15,7 @@ def peak_bytes(run: Prepared) -> int:
     config, moe = run.config.calibrate, run.moe
     sampled = samples.disk_bytes(config, moe, run.calibration_domains)
     scratch = engine.worker_count(run) * samples.scratch_bytes(config, moe)
-    written = disk_bytes(run) + stream_bytes(run)
+    written = disk_bytes(run) + max(stream_bytes(run), evaluation_bytes(run))
     return fetched_bytes(run) + max(written, sampled + max(scratch, hidden_bytes(run)))
 
 
@@ -35,6 +35,14 @@ def hidden_bytes(run: Prepared) -> int:
     if engine.choose(run).engine != "streaming":
         return 0
     return shards_at_once(run) * estimate.hidden_bytes(run)
+
+
+def evaluation_bytes(run: Prepared) -> int:
+    """Hidden states of all domains that models are streamed over at the same time; else 0."""
+    if run.config.evaluate is None or engine.evaluation(run).engine != "streaming":
+        return 0
+    at_once = min(engine.processes(run), run.evaluation_domains)
+    return at_once * estimate.evaluation_bytes(run)
 
 
 def shards_at_once(run: Prepared) -> int:

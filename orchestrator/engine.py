@@ -1,16 +1,20 @@
-"""Which engine calibrates: the whole model in every worker, or one decoder layer at a time."""
+"""Which engine runs a model: the whole of it in a worker, or one decoder layer at a time."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from models.support import reasons
 from orchestrator import estimate
 from orchestrator.estimate import human
 from orchestrator.preflight import Prepared, not_streamed
 from stages.calibrate.config import Engine
+from stages.export.layout import FileLayout
 
 _CGROUP = Path("/sys/fs/cgroup")
 _MEMINFO = Path("/proc/meminfo")
@@ -50,15 +54,55 @@ def choose(run: Prepared) -> Choice:
     return Choice(engine, why, estimate.calibrate(run, engine))
 
 
-def worker_budget(run: Prepared) -> tuple[int, str]:
-    """Memory that one worker may use, and where the number comes from."""
+def evaluation(run: Prepared) -> Choice:
+    """How models are held that are evaluated. The numbers do not depend on it."""
+    models = (1 + len(run.variants)) * run.evaluation_domains
+    budget = worker_budget(run, min(processes(run), max(models, 1)))
+    why = not_streamed(run.moe)
+    return _fitting(run, partial(estimate.evaluate, run), budget, why)
+
+
+def gate(run: Prepared, layouts: Sequence[FileLayout]) -> Choice:
+    """How the reload gate opens an output: always on the CPU."""
+    budget = worker_budget(run, min(processes(run), len(run.variants)), on_gpu=False)
+    why = reasons(run.moe.family).get("streaming")
+    return _fitting(run, partial(estimate.export, run, layouts), budget, why)
+
+
+def _fitting(
+    run: Prepared,
+    needed: Callable[[Engine], int],
+    budget: tuple[int, str],
+    cannot: str | None,
+) -> Choice:
+    """What `executor.engine` says; `auto`: whole models wherever a worker can hold one."""
+    asked, whole, (room, source) = run.config.executor.engine, needed("resident"), budget
+    if cannot is not None:
+        return Choice("resident", f"it cannot be streamed: {cannot}", whole)
+    if asked != "auto":
+        return Choice(asked, f"executor.engine={asked}", needed(asked))
+    engine: Engine = "resident" if whole <= room else "streaming"
+    fits = "fits" if whole <= room else "does not fit"
+    why = f"a whole model needs about {human(whole)}, which {fits} into {human(room)} ({source})"
+    return Choice(engine, why, needed(engine))
+
+
+def worker_budget(
+    run: Prepared, workers: int | None = None, *, on_gpu: bool = True
+) -> tuple[int, str]:
+    """Memory that one worker may use, and where the number comes from.
+
+    Args:
+        workers: how many share a host's memory; None: as many as calibrate.
+        on_gpu: whether the model lies on a GPU where workers have one.
+    """
     config = run.config.calibrate
     if config.memory_bytes is not None:
         return config.memory_bytes, "calibrate.memory_bytes"
-    on_gpu = gpu_memory() if run.config.executor.gpus_per_worker else None
-    if on_gpu is not None:
-        return on_gpu, "the memory of a GPU"
-    free, workers = available_memory(), worker_count(run)
+    found = gpu_memory() if on_gpu and run.config.executor.gpus_per_worker else None
+    if found is not None:
+        return found, "the memory of a GPU"
+    free, workers = available_memory(), workers or worker_count(run)
     shared = f" / {workers} workers" if workers > 1 else ""
     return free // workers, f"{human(free)} of free memory{shared}"
 
@@ -72,8 +116,13 @@ def worker_count(run: Prepared) -> int:
     if executor.kind == "local":
         return 1
     ranks = executor.ranks_per_replica
-    replicas = max((executor.workers or os.cpu_count() or 1) // ranks, 1)
-    return min(replicas, shards) * ranks
+    return min(max(processes(run) // ranks, 1), shards) * ranks
+
+
+def processes(run: Prepared) -> int:
+    """Workers of a run."""
+    executor = run.config.executor
+    return 1 if executor.kind == "local" else executor.workers or os.cpu_count() or 1
 
 
 def gpu_memory() -> int | None:

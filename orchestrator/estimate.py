@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from orchestrator import samples
 from orchestrator.preflight import Prepared, expected_layouts
 from stages.calibrate.config import Engine
-from stages.calibrate.streaming import KEPT_ARGUMENT_BYTES
 from stages.corpus.overlap import BYTES_PER_TOKEN
 from stages.export.layout import FileLayout
+from stages.passage import KEPT_ARGUMENT_BYTES
 
 # Resident memory of a worker that has imported torch and transformers and done nothing yet.
 PROCESS_BYTES = 400_000_000
@@ -141,19 +141,38 @@ def probe(run: Prepared) -> int:
     return transform(run) + _model_bytes(run, config.dtype) + 3 * logits + 3 * kept
 
 
-def export(run: Prepared, layouts: Sequence[FileLayout]) -> int:
-    """The reload gate opens the whole output."""
-    return PROCESS_BYTES + sum(each.tensor_bytes for each in layouts)
+def export(run: Prepared, layouts: Sequence[FileLayout], engine: Engine = "resident") -> int:
+    """The reload gate opens the output: all of it, or what is outside the layers and one layer."""
+    if engine == "resident":
+        return PROCESS_BYTES + sum(each.tensor_bytes for each in layouts)
+    outside = sum(each.tensor_bytes for each in layouts if each.layer is None)
+    return PROCESS_BYTES + outside + 2 * max(each.tensor_bytes for each in layouts)
 
 
-def evaluate(run: Prepared) -> int:
-    """The original model and the logits of one batch."""
+def evaluate(run: Prepared, engine: Engine = "resident") -> int:
+    """The original model, whole or by layers, and the logits of one batch."""
     config = run.config.evaluate
     if config is None:
         return 0
     vocabulary = int(run.moe.checkpoint.config["vocab_size"])
     logits = config.batch_size * config.data.sequence_length * vocabulary * 4
-    return PROCESS_BYTES + _model_bytes(run, config.dtype) + 5 * logits
+    streamed = engine == "streaming"
+    weights = (_streamed_bytes if streamed else _model_bytes)(run, config.dtype)
+    return PROCESS_BYTES + weights + 5 * logits
+
+
+def evaluation_bytes(run: Prepared) -> int:
+    """Hidden states of the largest domain, on disk while a worker streams a model over it.
+
+    Domains are taken for equally large; padding is not counted.
+    """
+    config, moe = run.config.evaluate, run.moe
+    if config is None:
+        return 0
+    width = {"auto": 0, "float32": 4}.get(config.dtype, 2)
+    width = width or -(-moe.checkpoint.nbytes // moe.checkpoint.parameters)
+    tokens = -(-config.data.tokens // max(run.evaluation_domains, 1))
+    return tokens * moe.family.states * moe.hidden_size * width
 
 
 def statistics_bytes(run: Prepared) -> int:

@@ -186,6 +186,7 @@ def export_unit(
     decisions: Sequence[LayerDecision],
     layouts: Sequence[FileLayout],
     units: Sequence[transform.TransformUnit],
+    engine: Engine = "resident",
 ) -> ExportUnit:
     """The folder of a variant, from its finished layer files."""
     return ExportUnit(
@@ -198,11 +199,16 @@ def export_unit(
         threads=run.config.executor.threads_per_unit,
         output=run.folder.output(variant.name),
         variant=variant.name,
+        engine=engine,
     )
 
 
 def evaluate_units(
-    run: Prepared, variant: str, domains: Sequence[str], decisions: Sequence[LayerDecision]
+    run: Prepared,
+    variant: str,
+    domains: Sequence[str],
+    decisions: Sequence[LayerDecision],
+    engine: Engine = "resident",
 ) -> list[EvaluateUnit]:
     """One unit per domain. A variant is identified by what it is made from, not by its files,
     so that a baseline can be removed once it was measured."""
@@ -233,6 +239,7 @@ def evaluate_units(
             config=config,
             folder=run.folder.evaluation,
             inputs=tuple(sorted(inputs.items())),
+            engine=engine,
         )
         for domain in domains
     ]

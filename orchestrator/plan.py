@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +59,8 @@ def summary(run: Prepared) -> str:
                 f"; hidden states of {disk.shards_at_once(run)} shards at a time take up to"
                 f" {human(hidden)} of disk"
             )
+    for stage, choice in _by_layers(run):
+        text += f"\n{stage}: {choice.engine} engine: {choice.why}"
     if lacking := disk.cache_bytes(run):
         text += (
             f"\ncache: up to {human(lacking)} are fetched to {run.config.cache.dir} of each node"
@@ -70,6 +72,15 @@ def summary(run: Prepared) -> str:
         f" {human(disk.peak_bytes(run))} of disk at the peak;"
         f" {_operations(run)}{text}"
     )
+
+
+def _by_layers(run: Prepared) -> Iterator[tuple[str, engine.Choice]]:
+    """The later stages that do not hold whole models."""
+    layouts = expected_layouts(run.variants[0], run.moe)
+    found = [("export", engine.gate(run, layouts))]
+    if run.config.evaluate is not None:
+        found.append(("evaluate", engine.evaluation(run)))
+    return ((stage, choice) for stage, choice in found if choice.engine == "streaming")
 
 
 def _operations(run: Prepared) -> str:
@@ -151,7 +162,7 @@ def _models(run: Prepared) -> list[Row]:
         *_carry(run),
         Row("transform", files, done, read, written, estimate.transform(run)),
         # Layer files become the output by hard links: nothing is written twice.
-        Row("export", variants, exported, written, 0, estimate.export(run, main)),
+        Row("export", variants, exported, written, 0, engine.gate(run, main).worker_bytes),
     ]
 
 
@@ -177,7 +188,10 @@ def _evaluate(run: Prepared) -> list[Row]:
     finished = len(list(run.folder.evaluation.glob("*/*.json.json")))
     vocabulary = int(run.moe.checkpoint.config["vocab_size"])
     reference = domains * config.kl_positions * vocabulary * 4
-    read, peak = run.moe.checkpoint.nbytes * models, estimate.evaluate(run)
+    choice = engine.evaluation(run)
+    # A streamed model is read again for every domain.
+    times = domains if choice.engine == "streaming" else 1
+    read, peak = run.moe.checkpoint.nbytes * models * times, choice.worker_bytes
     return [Row("evaluate", domains * models, finished, read, reference, peak)]
 
 

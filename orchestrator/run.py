@@ -73,8 +73,8 @@ def run(prepared: Prepared, listeners: Sequence[Listener] = ()) -> Path:
         statistics = _observe(prepared, scheduler, events)
         _probe(prepared, scheduler)
         decided = _decide(prepared, scheduler, statistics, events)
-        _write_models(prepared, scheduler, decided)
-        measured = _measure(prepared, scheduler, decided)
+        _write_models(prepared, scheduler, decided, events)
+        measured = _measure(prepared, scheduler, decided, events)
         for message in _report(prepared, scheduler, statistics, decided, measured):
             events.emit("warning", message=message)
         _upload(prepared, scheduler)
@@ -135,7 +135,7 @@ def _observe(prepared: Prepared, scheduler: Scheduler, events: EventLog) -> pa.T
     else:
         samples.check(config.calibrate, prepared.moe)
         choice = engine.choose(prepared)
-        events.emit("engine", stage="calibrate", engine=choice.engine, why=choice.why)
+        _tell(events, "calibrate", choice)
         shards = pipeline.calibrate_units(prepared, choice.engine)
         replicas = pipeline.replicas(prepared)
         memory = choice.worker_bytes
@@ -143,6 +143,12 @@ def _observe(prepared: Prepared, scheduler: Scheduler, events: EventLog) -> pa.T
         _sample(prepared, scheduler, shards)
         table = calibrate.reduce(shards)
     return _settle(folder.statistics, table)
+
+
+def _tell(events: EventLog, stage: str, choice: engine.Choice) -> None:
+    """Of the later stages only where a whole model does not fit."""
+    if stage == "calibrate" or choice.engine == "streaming":
+        events.emit("engine", stage=stage, engine=choice.engine, why=choice.why)
 
 
 def _sample(
@@ -220,7 +226,9 @@ def _decide_one(
     return Decided(variant, decisions, file_layouts(prepared.moe, decisions, variant.export))
 
 
-def _write_models(prepared: Prepared, scheduler: Scheduler, decided: Sequence[Decided]) -> None:
+def _write_models(
+    prepared: Prepared, scheduler: Scheduler, decided: Sequence[Decided], events: EventLog
+) -> None:
     """Layer files of all variants fan out together; then every folder is assembled and tried."""
     needed = [each for each in decided if not _measured_already(prepared, each)]
     plans = [
@@ -230,12 +238,15 @@ def _write_models(prepared: Prepared, scheduler: Scheduler, decided: Sequence[De
     main, others = needed[0], [unit for units in plans[1:] for unit in units]
     variant, decisions = main.variant, main.decisions
     plans[0] = chain.written(prepared, variant, decisions, plans[0], scheduler.run, others)
+    choice = engine.gate(prepared, decided[0].layouts)
+    _tell(events, "export", choice)
     exports = [
-        pipeline.export_unit(prepared, each.variant, each.decisions, each.layouts, units)
+        pipeline.export_unit(
+            prepared, each.variant, each.decisions, each.layouts, units, choice.engine
+        )
         for each, units in zip(needed, plans, strict=True)
     ]
-    memory = estimate.export(prepared, decided[0].layouts)
-    scheduler.run("export", exports, export.run_one, memory)
+    scheduler.run("export", exports, export.run_one, choice.worker_bytes)
 
 
 def _measured_already(prepared: Prepared, decided: Decided) -> bool:
@@ -252,19 +263,17 @@ def _domains(prepared: Prepared) -> list[str]:
 
 
 def _measure(
-    prepared: Prepared, scheduler: Scheduler, decided: Sequence[Decided]
+    prepared: Prepared, scheduler: Scheduler, decided: Sequence[Decided], events: EventLog
 ) -> dict[str, dict[str, Any]]:
     """Variant -> perplexity and KL; the original first, since the others are compared with it."""
     if prepared.config.evaluate is None:
         return {}
-    domains = _domains(prepared)
-    first = pipeline.evaluate_units(prepared, ORIGINAL, domains, [])
-    rest = [
-        unit
-        for each in decided
-        for unit in pipeline.evaluate_units(prepared, each.variant.name, domains, each.decisions)
-    ]
-    memory = estimate.evaluate(prepared)
+    domains, choice = _domains(prepared), engine.evaluation(prepared)
+    _tell(events, "evaluate", choice)
+    plan = partial(pipeline.evaluate_units, prepared, domains=domains, engine=choice.engine)
+    first = plan(ORIGINAL, decisions=[])
+    rest = [u for each in decided for u in plan(each.variant.name, decisions=each.decisions)]
+    memory = choice.worker_bytes
     outcomes = scheduler.run_model("evaluate", first, evaluate.make_worker, memory)
     outcomes += scheduler.run_model("evaluate", rest, evaluate.make_worker, memory)
     results: dict[str, dict[str, Any]] = {}

@@ -85,10 +85,11 @@ class Converter:
         unset = []
         for path, each in module.named_modules():
             buffers = dict(_computed_buffers(each))
-            for name, buffer in buffers.items():
-                each._buffers[name] = _unset(buffer, self._device)
-            if buffers:
-                with torch.inference_mode(False), torch.no_grad():
+            # Ordinary tensors, like parameters, even when the caller runs in inference mode.
+            with torch.inference_mode(False), torch.no_grad():
+                for name, buffer in buffers.items():
+                    each._buffers[name] = _unset(buffer, self._device)
+                if buffers:
                     self._model._init_weights(each)
             now = {name: each.get_buffer(name) for name in buffers}
             unset += [f"{path}.{name}" for name, b in now.items() if _is_unset(b)]

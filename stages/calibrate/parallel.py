@@ -16,13 +16,14 @@ from typing import Any
 
 from cluster.expert_parallel import ExpertGroup
 from models.streaming.model import StreamedModel
-from stages.calibrate import autoep, streaming
+from stages.calibrate import autoep
 from stages.calibrate.config import Backend, Engine
 from stages.calibrate.distributed import open_rank
 from stages.calibrate.observer import Routed
 from stages.calibrate.recorder import Recorder
 from stages.calibrate.stage import ShardUnit, batches_of, observe, recorder_of, summary, write_shard
 from stages.corpus.blocks import Batch, Block
+from stages.passage import remove_stale
 from stages.unit import Done, execute, finished
 
 # One token, for the sake of the other ranks.
@@ -55,7 +56,7 @@ class Rank:
 
     def _run_one(self, unit: ShardUnit, found: Sequence[Batch], steps: int) -> dict[str, Any]:
         recorder = recorder_of(unit, OwnBatches)
-        streaming.remove_stale(unit.output)
+        remove_stale(unit.output)
         self._observe(unit, [*found, *[IDLE] * (steps - len(found))], recorder)
         write_shard(unit, recorder)
         return summary(unit, found)

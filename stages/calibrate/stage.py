@@ -25,6 +25,7 @@ from stages.calibrate.sample import sample_of
 from stages.corpus.blocks import Batch, batches
 from stages.corpus.stage import read_blocks
 from stages.model import load_model
+from stages.passage import remove_stale
 from stages.unit import Fingerprint, OneFile
 
 _NOTHING = SampleConfig(tokens=0)
@@ -120,7 +121,7 @@ class Replica:
         """Observes one shard and writes its files."""
         found = batches_of(unit)
         recorder = recorder_of(unit)
-        streaming.remove_stale(unit.output)
+        remove_stale(unit.output)
         observe(self._model(unit), unit, found, recorder)
         write_shard(unit, recorder)
         return summary(unit, found)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from models.blocks import MoeBlock, find_block
 from models.moe import MoeCheckpoint
 from models.streaming.model import LayerCall, argument_bytes, open_streamed
-from stages.calibrate.streaming import KEPT_ARGUMENT_BYTES
 from stages.carry.blocks import LayerBlock
 from stages.carry.capture import Seen, capturing, factor
 from stages.carry.reduced import open_reduced
@@ -21,6 +20,7 @@ from stages.carry.text import Text
 from stages.export.config import ExportConfig
 from stages.group.decision import LayerDecision
 from stages.model import batch_of, pad_id
+from stages.passage import KEPT_ARGUMENT_BYTES
 
 # Tokens on which it is found out what a layer does with its experts' sum.
 _PROBED = 8

@@ -12,12 +12,17 @@ import torch
 from torch import Tensor
 
 from models.atomic import staged, write_json
+from models.mapped.registration import register
+from models.streaming.model import open_streamed
+from stages.calibrate.config import Engine
 from stages.corpus.blocks import Block
 from stages.corpus.stage import read_domain
 from stages.errors import DataError
 from stages.evaluate.config import VERSION, EvaluateConfig
+from stages.evaluate.forward import Logits, resident, streamed
 from stages.evaluate.metrics import kl_divergence, next_token_losses, overall, sampled_positions
-from stages.model import batch_of, load_model, pad_id
+from stages.model import load_model
+from stages.passage import remove_stale
 from stages.unit import Fingerprint, beside
 
 ORIGINAL = "original"
@@ -35,6 +40,7 @@ class EvaluateUnit:
     config: EvaluateConfig
     folder: Path  # evaluation/
     inputs: tuple[tuple[str, str], ...]
+    engine: Engine = "resident"  # decides the memory that it takes, and no digit
 
     @property
     def name(self) -> str:
@@ -75,7 +81,7 @@ class Measurer:
     """Holds the model of the last unit: units of one variant follow one another."""
 
     def __init__(self) -> None:
-        self._loaded: tuple[Path, Any] | None = None
+        self._loaded: tuple[tuple[Path, Engine], Any] | None = None
 
     def run_one(self, unit: EvaluateUnit) -> dict[str, Any]:
         """Writes loss, tokens and KL sums of one domain.
@@ -83,11 +89,9 @@ class Measurer:
         Raises:
             DataError: fewer than two tokens in a row to predict.
         """
-        if self._loaded is None or self._loaded[0] != unit.model:
-            model = load_model(unit.model, unit.config.dtype, trust_remote_code=unit.needs_code)
-            self._loaded = (unit.model, model)
+        remove_stale(unit.measured)
         blocks = read_domain(unit.corpus, unit.domain)
-        result, sampled = _measure(self._loaded[1], blocks, unit)
+        result, sampled = _measure(self._model(unit), blocks, unit)
         if unit.variant == ORIGINAL:
             _write_reference(unit.reference, sampled)
         elif unit.config.kl_positions:
@@ -95,6 +99,12 @@ class Measurer:
             result |= {"kl": float(kl), "kl_positions": sampled.shape[0]}
         write_json(unit.measured, result)
         return result
+
+    def _model(self, unit: EvaluateUnit) -> Any:
+        if self._loaded is None or self._loaded[0] != (unit.model, unit.engine):
+            self._loaded = None  # the old one is let go before the new one takes its place
+            self._loaded = ((unit.model, unit.engine), _open(unit))
+        return self._loaded[1]
 
 
 def make_worker() -> Callable[[EvaluateUnit], Any]:
@@ -117,6 +127,14 @@ def reduce(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _open(unit: EvaluateUnit) -> Any:
+    if unit.engine == "resident":
+        return load_model(unit.model, unit.config.dtype, trust_remote_code=unit.needs_code)
+    if unit.needs_code:
+        register()  # the same classes as those beside the weights
+    return open_streamed(unit.model, unit.config.dtype)
+
+
 @torch.inference_mode()
 def _measure(
     model: Any, blocks: Sequence[Block], unit: EvaluateUnit
@@ -127,7 +145,7 @@ def _measure(
         raise DataError(f"domain {unit.domain!r} has no token to predict", "evaluate on more text")
     wanted = sampled_positions(predicted, unit.config.kl_positions)
     loss, done, sampled = 0.0, 0, []
-    for logits, ids, mask in _forward(model, blocks, unit.config.batch_size):
+    for logits, ids, mask in _forward(model, blocks, unit):
         losses = next_token_losses(logits, ids, mask)
         loss += float(losses.sum(dtype=torch.float64))
         here = wanted[(wanted >= done) & (wanted < done + len(losses))] - done
@@ -137,13 +155,13 @@ def _measure(
     return {"loss": loss, "tokens": done}, torch.cat(sampled)
 
 
-def _forward(
-    model: Any, blocks: Sequence[Block], size: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    for start in range(0, len(blocks), size):
-        rows = [block.tokens for block in blocks[start : start + size]]
-        ids, mask = batch_of(rows, pad_id(model), model.device)
-        yield model(input_ids=ids, attention_mask=mask, use_cache=False).logits, ids, mask
+def _forward(model: Any, blocks: Sequence[Block], unit: EvaluateUnit) -> Iterator[Logits]:
+    size = unit.config.batch_size
+    rows = [block.tokens for block in blocks]
+    batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+    if unit.engine == "resident":
+        return resident(model, batches)
+    return streamed(model, batches, unit.measured)
 
 
 def _write_reference(path: Path, log_probabilities: Tensor) -> None:

@@ -2,6 +2,9 @@
 
 This file is run as a script, isolated from the working folder, and imports nothing of Coalesce:
 what it can open, anybody can. It prints one JSON object.
+
+Where the whole does not fit into memory it is opened on the meta device: transformers goes through
+the same loading, conversion and comparison of names and shapes, and keeps no value.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ def examine(folder: Path, expected: dict[str, Any]) -> dict[str, Any]:
         output_loading_info=True,
         local_files_only=True,
         trust_remote_code=expected["needs_code"],
+        **({} if expected["whole"] else {"device_map": "meta"}),
     )
     model.eval()
     faults = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
@@ -39,19 +43,26 @@ def examine(folder: Path, expected: dict[str, Any]) -> dict[str, Any]:
     parameters = sum(tensor.numel() for tensor in _stored(model))
     if parameters != expected["parameters"]:
         problems.append(f"{parameters:,} parameters, expected {expected['parameters']:,}")
+    found: dict[str, Any] = {"class": type(model).__name__, "parameters": parameters}
+    found["opened"] = "whole" if expected["whole"] else "meta"
+    if expected["whole"]:
+        found |= _run(model, expected, problems)
+    return found | {"problems": problems}
+
+
+def _run(model: Any, expected: dict[str, Any], problems: list[str]) -> dict[str, Any]:
+    """Looks at every value and at what the model makes of a few tokens."""
     problems += [
         f"{name} is not finite" for name, p in model.named_parameters() if not p.isfinite().all()
     ]
-    logits = _logits(model)
-    if not logits.isfinite().all():
+    if not _logits(model).isfinite().all():
         problems.append("logits are not finite")
-    found: dict[str, Any] = {"class": type(model).__name__, "parameters": parameters}
-    if expected["expanded_config"] is not None:
-        difference = _expanded_difference(model, expected["expanded_config"])
-        found["expanded_max_difference"] = difference
-        if not difference <= expected["tolerance"]:
-            problems.append(f"logits differ from the expanded model's by {difference:.2e}")
-    return found | {"problems": problems}
+    if expected["expanded_config"] is None:
+        return {}
+    difference = _expanded_difference(model, expected["expanded_config"])
+    if not difference <= expected["tolerance"]:
+        problems.append(f"logits differ from the expanded model's by {difference:.2e}")
+    return {"expanded_max_difference": difference}
 
 
 def _stored(model: Any) -> list[Any]:

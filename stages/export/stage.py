@@ -21,6 +21,7 @@ from models.errors import CheckpointError
 from models.moe import MoeCheckpoint
 from models.remote.origin import is_metadata
 from models.skeleton import check_width, unloaded_elements
+from stages.calibrate.config import Engine
 from stages.errors import GateError
 from stages.export.config import VERSION, ExportConfig
 from stages.export.formats import FORMATS, Format
@@ -45,6 +46,7 @@ class ExportUnit:
     threads: int
     output: Path
     variant: str = "compressed"
+    engine: Engine = "resident"  # of the reload gate; decides no byte
 
     @property
     def name(self) -> str:
@@ -131,6 +133,8 @@ def _gate(unit: ExportUnit, folder: Path) -> dict[str, Any]:
         problems.append(f"{written:,} bytes written, {predicted:,} predicted")
     found = _fresh_process(folder, _expectations(unit))
     problems += found.pop("problems")
+    if unit.engine == "streaming" and not problems:
+        problems += _values(folder, unit)
     if problems:
         raise GateError(
             f"{unit.name} was refused by the reload gate: {'; '.join(problems)}",
@@ -139,10 +143,20 @@ def _gate(unit: ExportUnit, folder: Path) -> dict[str, Any]:
     return {"bytes": written, "predicted_bytes": predicted, "checks": found}
 
 
+def _values(folder: Path, unit: ExportUnit) -> list[str]:
+    from stages.export import layerwise
+
+    try:
+        return layerwise.problems(folder, needs_code=FORMATS[unit.config.format].needs_code)
+    except CheckpointError as error:
+        return [str(error)]
+
+
 def _expectations(unit: ExportUnit) -> dict[str, Any]:
     form, checkpoint = FORMATS[unit.config.format], unit.moe.checkpoint
     compare = form.needs_code and checkpoint.nbytes <= unit.config.compare_limit_bytes
     return {
+        "whole": unit.engine == "resident",
         "threads": unit.threads,
         "needs_code": form.needs_code or bool(unit.moe.family.code),
         "opens_with": unit.moe.family.auto_class,

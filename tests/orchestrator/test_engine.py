@@ -18,7 +18,7 @@ from orchestrator.plan import Row, rows, summary
 from orchestrator.preflight import Prepared, prepare
 from orchestrator.progress import STAGES, describe, listener
 from orchestrator.run import run
-from stages.calibrate.streaming import KEPT_ARGUMENT_BYTES
+from stages.passage import KEPT_ARGUMENT_BYTES
 from tests.orchestrator.tiny_run import Inputs
 
 GB = 1_000_000_000
@@ -194,7 +194,8 @@ def test_a_run_says_which_engine_it_uses_and_why(inputs: Inputs) -> None:
 
     run(prepared(inputs, "calibrate.memory_bytes=1000000"), [events.append])
 
-    (event,) = (each for each in events if each["event"] == "engine")
+    event, *later = (each for each in events if each["event"] == "engine")
+    assert [each["stage"] for each in later] == ["export"]
     stage = f"[3/{len(STAGES)}] calibrate"
     assert describe(event).startswith(f"{stage}: streaming engine: a worker with the whole")
     assert "does not fit into 1.0 MB" in describe(event)

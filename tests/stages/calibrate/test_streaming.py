@@ -13,7 +13,7 @@ import torch
 from models.arrow import write_table
 from models.errors import CheckpointError
 from models.streaming.model import StreamedModel
-from stages.calibrate import streaming
+from stages import passage
 from stages.calibrate.config import CalibrateConfig
 from stages.calibrate.recorder import Recorder
 from stages.calibrate.stage import Replica, ShardUnit, make_worker, plan, reduce
@@ -162,7 +162,7 @@ def test_arguments_that_are_not_kept_are_made_again(
     made: list[int] = []
     own = StreamedModel.calls
     monkeypatch.setattr(StreamedModel, "calls", lambda s, **i: made.append(1) or own(s, **i))
-    monkeypatch.setattr(streaming, "KEPT_ARGUMENT_BYTES", kept)
+    monkeypatch.setattr(passage, "KEPT_ARGUMENT_BYTES", kept)
     (unit,) = units_of(tmp_path, "mixtral", shards=1, batch_size=1)
 
     assert run(streamed([unit])) == run([unit])
@@ -215,20 +215,20 @@ def test_hidden_states_of_killed_attempts_are_removed(engine: Any, tmp_path: Pat
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_hidden_states_are_kept_bit_for_bit(dtype: torch.dtype, tmp_path: Path) -> None:
     hidden = torch.randn(2, 3, 5).to(dtype)
-    file = streaming.HiddenStates(tmp_path / "batch")
+    file = passage.HiddenStates(tmp_path / "batch")
 
     file.write(hidden)
-    mapped = file.read(hidden)
+    mapped = file.read()
     file.write(mapped * 2)
 
-    assert file.read(hidden).equal(hidden * 2)
+    assert file.read().equal(hidden * 2)
 
 
 def test_what_a_layer_does_to_its_input_does_not_reach_the_file(tmp_path: Path) -> None:
     hidden = torch.randn(2, 3, 5)
-    file = streaming.HiddenStates(tmp_path / "batch")
+    file = passage.HiddenStates(tmp_path / "batch")
     file.write(hidden)
 
-    file.read(hidden).zero_()
+    file.read().zero_()
 
-    assert file.read(hidden).equal(hidden)
+    assert file.read().equal(hidden)
