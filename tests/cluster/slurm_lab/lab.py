@@ -146,8 +146,10 @@ class Lab:
         return len(found)
 
 
-# Calibration takes some seconds, so that a test can stop it in its midst.
+# Calibration takes some seconds, so that a test can stop it in its midst; all else little.
 SMALL = (
+    "calibrate.sample.tokens=1024",
+    "refit.polish.steps=0",
     "evaluate=null",
     "calibrate.shards=40",
     "calibrate.batch_size=1",
