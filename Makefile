@@ -19,9 +19,13 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/coalesce run quickstart
 
-# All but what `test-faults` and `test-cluster` do; `.ci/run` calls it.
+# Two processes share the tests, file by file; WORKERS=0 is one process, for a debugger.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+# All but what `test-faults` and, unless LAB is set, `test-cluster` do; `.ci/run` calls it.
 test: setup lint types
-	$(BIN)/python -m pytest -m "not slurm and not fault"
+	COALESCE_SLURM_LAB=$(LAB) $(PYTEST) -m "$(if $(LAB),,not slurm and )not fault" --durations=20
 
 # Workers, nodes, networks and memory broken for real, for about a quarter of an hour. Root sees more.
 test-faults: setup
@@ -29,13 +33,12 @@ test-faults: setup
 
 # A real Slurm of two nodes on this machine, from Debian's packages. Needs root; installs them.
 # LAB=optional skips the tests, and says why, where no Slurm can be set up.
-LAB ?= required
 test-cluster: setup
-	COALESCE_SLURM_LAB=$(LAB) $(BIN)/python -m pytest -m slurm
+	COALESCE_SLURM_LAB=$(or $(LAB),required) $(BIN)/python -m pytest -m slurm --durations=0
 
 # Before each commit: under two minutes on two cores.
 check: setup lint types
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(PYTEST) -q -m "not slow"
 
 lint: setup
 	$(BIN)/ruff format --check $(CODE)

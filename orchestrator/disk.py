@@ -2,30 +2,114 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from models.errors import DiskFull, StorageError
 from orchestrator import engine, estimate, samples
 from orchestrator.preflight import Prepared, expected_layouts
+from stages.export.stage import is_companion
+
+_ROOM = "free space, move `run_dir`"
+_STREAMS = "raise calibrate.shards, lower executor.workers, or set calibrate.engine=resident"
+
+
+@dataclass(frozen=True)
+class Need:
+    """What lies in the run folder at one time of a run. Bytes are upper bounds."""
+
+    when: str
+    size: int
+    remedy: str
+
+
+def needs(run: Prepared) -> list[Need]:
+    """The times at which most is on disk: with scratch files beside what stays.
+
+    Not counted: markers, logs, events and the report, a few megabytes in all; and copies of layer
+    files where the disk has no hard links, see `copied_bytes`.
+    """
+    observed, models = observed_bytes(run), model_bytes(run)
+    config, moe, fetched = run.config.calibrate, run.moe, fetched_bytes(run)
+    scratch = engine.worker_count(run) * samples.scratch_bytes(config, moe)
+    hidden = hidden_bytes(run)
+    fewer = "or lower executor.workers or calibrate.sample.tokens"
+    refit = "or lower refit.together or calibrate.data.tokens"
+    baselines = "or drop baselines with evaluate.baselines=[]"
+    written = models + measured_bytes(run)
+    found = [
+        ("when all is written", written, baselines),
+        ("while outputs are evaluated by layers", written + evaluation_bytes(run), baselines),
+        (f"while the hidden states of {shards_at_once(run)} shards stream", hidden, _STREAMS),
+        ("while all experts are evaluated", scratch, fewer),
+        ("while layers are refitted behind reduced ones", models + carried_bytes(run), refit),
+    ]
+    return [
+        Need(when, fetched + observed + more, f"{_ROOM}, {remedy}") for when, more, remedy in found
+    ]
 
 
 def peak_bytes(run: Prepared) -> int:
-    """Hidden states and scratch files are gone before the first output file is written."""
-    config, moe = run.config.calibrate, run.moe
-    sampled = samples.disk_bytes(config, moe, run.calibration_domains)
-    scratch = engine.worker_count(run) * samples.scratch_bytes(config, moe)
-    written = disk_bytes(run) + max(stream_bytes(run), evaluation_bytes(run))
-    return fetched_bytes(run) + max(written, sampled + max(scratch, hidden_bytes(run)))
+    """The most that lies in the run folder at any time."""
+    return max(need.size for need in needs(run))
 
 
-def stream_bytes(run: Prepared) -> int:
-    """Residual streams while layers are refitted behind reduced ones: two of the block before, two
-    of this one and one within it."""
-    refit = run.config.refit
+def disk_bytes(run: Prepared) -> int:
+    """What a run has written at its end, baselines included."""
+    return observed_bytes(run) + model_bytes(run) + measured_bytes(run)
+
+
+def observed_bytes(run: Prepared) -> int:
+    """What stays of calibration: tokens, statistics of every shard and their sum, and samples."""
+    config = run.config.calibrate
+    if config.statistics is not None:
+        return estimate.statistics_bytes(run)
+    # Text lies domain by domain: one shard more sees both sides of every border.
+    tables = config.shards + 2 * run.calibration_domains
+    sampled = samples.disk_bytes(config, run.moe, run.calibration_domains)
+    return 4 * config.data.tokens + tables * estimate.statistics_bytes(run) + sampled
+
+
+def model_bytes(run: Prepared) -> int:
+    """Every variant's weights, and what is copied beside them."""
+    folder = run.moe.checkpoint.folder
+    beside = sum(path.stat().st_size for path in folder.iterdir() if is_companion(path))
+    return weight_bytes(run) + beside * len(run.variants)
+
+
+def weight_bytes(run: Prepared) -> int:
+    """Every variant's weight files."""
+    layouts = (each for variant in run.variants for each in expected_layouts(variant, run.moe))
+    return sum(layout.file_bytes for layout in layouts)
+
+
+def measured_bytes(run: Prepared) -> int:
+    """Held-out tokens and the original's distributions."""
+    evaluate = run.config.evaluate
+    if evaluate is None:
+        return 0
+    vocabulary = int(run.moe.checkpoint.config["vocab_size"])
+    return (
+        run.evaluation_domains * evaluate.kl_positions * vocabulary * 4 + evaluate.data.tokens * 4
+    )
+
+
+def carried_bytes(run: Prepared) -> int:
+    """What is carried while layers are refitted behind reduced ones: two residual streams of the
+    block before, two of this one and one within it, and the targets of both blocks."""
+    refit, moe = run.config.refit, run.moe
     if refit.together is None or not refit.applies(run.variants[0].method.narrows):
         return 0
-    return 5 * estimate.stream_bytes(run)
+    # Inputs and targets in float32; ids of eight bytes, gates of four.
+    config = run.config.calibrate
+    tokens = min(config.sample.tokens, config.data.tokens)
+    targets = tokens * (8 * moe.hidden_size + 12 * moe.top_k)
+    layers = min(2 * refit.together, len(moe.layers))
+    return 5 * estimate.stream_bytes(run) + layers * targets
 
 
 def hidden_bytes(run: Prepared) -> int:
@@ -50,44 +134,61 @@ def shards_at_once(run: Prepared) -> int:
     return min(engine.worker_count(run), run.config.calibrate.shards)
 
 
-def disk_bytes(run: Prepared) -> int:
-    """What stays of a run: every variant's files, samples, distributions and blocks."""
-    files = sum(
-        layout.file_bytes
-        for variant in run.variants
-        for layout in expected_layouts(variant, run.moe)
-    )
-    files += samples.disk_bytes(run.config.calibrate, run.moe, run.calibration_domains)
-    evaluate = run.config.evaluate
-    if evaluate is None:
-        return files
-    vocabulary = int(run.moe.checkpoint.config["vocab_size"])
-    reference = run.evaluation_domains * evaluate.kl_positions * vocabulary * 4
-    return files + reference + evaluate.data.tokens * 4
-
-
 def check_disk(run: Prepared) -> None:
-    """Refuses a run that would fill the disk.
+    """Refuses a run that would fill the disk at some time.
+
+    A run that resumes is only asked for its hidden states: what it has written is not written anew.
 
     Raises:
         DiskFull: bytes needed and free.
     """
-    needed = disk_bytes(run) + stream_bytes(run) + fetched_bytes(run)
     free = _free(run.folder.root)
     _check_cache(run)
-    if needed > free and not run.resumes:
-        raise DiskFull(
-            f"the run will write {needed:,} bytes to {run.folder.root}, {free:,} are free",
-            "free space, move `run_dir`, or drop baselines with evaluate.baselines=[]",
+    if run.resumes:
+        _check_streams(run, free)
+        return
+    worst = max(needs(run), key=lambda need: need.size)
+    if worst.size <= free:
+        copied = copied_bytes(run, free - worst.size)
+        worst = Need(
+            "with a copy of each layer file, since it has no hard links",
+            worst.size + copied,
+            "free space, or move `run_dir`",
         )
+    if worst.size > free:
+        raise DiskFull(
+            f"the run needs up to {worst.size:,} bytes in {run.folder.root} {worst.when};"
+            f" {free:,} are free",
+            worst.remedy,
+        )
+
+
+def _check_streams(run: Prepared, free: int) -> None:
     hidden = 0 if run.folder.statistics.exists() else hidden_bytes(run)
     if hidden > free:
         raise DiskFull(
             f"streaming keeps the hidden states of {shards_at_once(run)} shards at a time,"
             f" {hidden:,} bytes in {run.folder.root}; {free:,} are free",
-            "raise calibrate.shards, lower executor.workers, move `run_dir`, or set"
-            " calibrate.engine=resident",
+            f"{_ROOM}, {_STREAMS}",
         )
+
+
+def copied_bytes(run: Prepared, left: int) -> int:
+    """Weights that are written twice, since the output cannot be hard links to the layer files.
+
+    The disk is asked (with a file that is gone at once) only where the copies would not fit in
+    the bytes that are `left`.
+    """
+    size = weight_bytes(run)
+    if size <= left:
+        return 0
+    place = _existing(run.folder.root)
+    with suppress(OSError), TemporaryDirectory(prefix=".coalesce-", dir=place) as name:
+        file = Path(name) / "file"
+        file.touch()
+        os.link(file, file.with_name("link"))
+        return 0
+    return size
 
 
 def fetched_bytes(run: Prepared) -> int:
@@ -125,7 +226,8 @@ def _check_cache(run: Prepared) -> None:
 
 
 def _free(folder: Path) -> int:
-    existing = folder
-    while not existing.exists():
-        existing = existing.parent
-    return shutil.disk_usage(existing).free
+    return shutil.disk_usage(_existing(folder)).free
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in (folder, *folder.parents) if path.exists())

@@ -176,9 +176,9 @@ def evaluation_bytes(run: Prepared) -> int:
 
 
 def statistics_bytes(run: Prepared) -> int:
-    """Statistics of one domain: eight scalars and three vectors of E for every expert."""
+    """Statistics of one domain: key, nine scalars and three vectors of E for every expert."""
     experts = run.moe.num_experts
-    return 8 * (8 + 3 * experts) * experts * len(run.moe.layers)
+    return 8 * (12 + 3 * experts) * experts * len(run.moe.layers)
 
 
 def human(count: float) -> str:

@@ -19,7 +19,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 def run_ranks(
     function: str, folder: Path, size: int = 2, *, path: str | None = None
 ) -> list[subprocess.CompletedProcess[str]]:
-    """Runs a function of this module on all ranks and waits; a hang ends after two minutes."""
+    """Runs a function of this module on all ranks and waits; a hang ends after four minutes."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -33,10 +33,11 @@ def run_ranks(
         subprocess.Popen(command, cwd=REPOSITORY, env=environment, **pipe) for command in commands
     ]
     try:
-        outs = [process.communicate(timeout=120)[0] for process in started]
+        outs = [process.communicate(timeout=240)[0] for process in started]
     finally:
         for process in started:
             process.kill()
+            process.communicate()
     return [
         subprocess.CompletedProcess(process.args, process.returncode, out)
         for process, out in zip(started, outs, strict=True)

@@ -18,7 +18,7 @@ from tests.tiny import FAMILIES, TOP_K, logits_of, open_model, random_ids
 from tests.tiny_families import FAMILIES as ALL_FAMILIES
 from tests.tiny_families import save_family
 
-SIZES = [(2, "diagonal"), pytest.param((4, "shards"), marks=pytest.mark.slow)]
+SIZES = [pytest.param(size, marks=pytest.mark.slow) for size in ((2, "diagonal"), (4, "shards"))]
 
 
 @pytest.fixture(scope="module", params=SIZES, ids=["two ranks", "four ranks"])

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
+from models.arrow import read_table
 from orchestrator.events import read_events
+from orchestrator.load import load
+from orchestrator.preflight import prepare
+from orchestrator.run import run
 from tests.cluster.slurm_lab.lab import (
     REPOSITORY,
     SMALL,
@@ -24,12 +28,9 @@ from tests.cluster.slurm_lab.lab import (
     until,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(600)]
-SECRETS = {
-    "HF_TOKEN": "hf_planted4a1c9e7d20",
-    "AWS_ACCESS_KEY_ID": "AKIAPLANTED7Q2XK9",
-    "AWS_SECRET_ACCESS_KEY": "planted/secret+8f3b6a91c0",
-}
+pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(2400)]
+STORE = "tests.cluster.slurm_lab.store"
+SECRETS = ("HF_TOKEN", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 
 
 @pytest.fixture(scope="module")
@@ -43,22 +44,34 @@ def lab() -> Iterator[Lab]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Bytes of the same run in one process."""
+def reference(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run in one process."""
     run_dir = tmp_path_factory.mktemp("reference") / "run"
-    words = ["run", "quickstart", "--quiet", f"run_dir={run_dir}", *SMALL, "executor.kind=local"]
-    done = subprocess.run(
-        [sys.executable, "-m", "orchestrator", *words], cwd=REPOSITORY, check=False
-    )
-    assert done.returncode == 0
-    return bytes_of(run_dir)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(REPOSITORY)
+        run(
+            prepare(
+                load("quickstart", [f"run_dir={run_dir}", *SMALL, "executor.kind=local"]).config
+            )
+        )
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def undisturbed(reference: Path) -> dict[str, str]:
+    """Its bytes."""
+    return bytes_of(reference)
 
 
 def bytes_of(run_dir: Path) -> dict[str, str]:
     """Digest of everything that a user keeps."""
     kept = [run_dir / "statistics.arrow", run_dir / "decision.arrow"]
     kept += [path for path in (run_dir / "output").iterdir() if path.is_file()]
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in kept}
+    return {path.name: digest(path) for path in kept}
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def shards(run_dir: Path) -> int:
@@ -67,28 +80,51 @@ def shards(run_dir: Path) -> int:
 
 def hold(lab: Lab, run_dir: Path, more_than: int = 0) -> int:
     """Stops the workers in the middle of calibration, so that the run waits for what comes next."""
-    until(lambda: shards(run_dir) > more_than, "a shard is done", 240)
+    until(lambda: shards(run_dir) > more_than, "a shard is done")
     assert lab.signal_workers(signal.SIGSTOP)
     done = shards(run_dir)
     assert done < 40, "the run was too fast to be held"
     return done
 
 
-def test_a_job_of_two_nodes_gives_the_bytes_of_one_process_beside_a_blind_one(
-    lab: Lab, undisturbed: dict[str, str], tmp_path: Path
+@pytest.fixture(scope="module")
+def store(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Environment of a user of an S3 server on the login node, which checks keys and holds the
+    model below s3://lab/model."""
+    ready = tmp_path_factory.mktemp("store") / "ready.json"
+    model = REPOSITORY / "examples" / "bundled" / "model"
+    words = [sys.executable, "-m", STORE, "serve", lab.address("ctl"), model, ready]
+    with lab.running("ctl", *words):
+        until(ready.exists, "the S3 server is up", 120)
+        yield json.loads(ready.read_text())
+
+
+def test_a_job_on_two_nodes_from_and_to_s3_beside_one_that_sees_another_model(
+    lab: Lab, reference: Path, store: dict[str, str], tmp_path: Path
 ) -> None:
     """Two jobs share both nodes; the second has a model that one of them does not see."""
     run_dir, blind = tmp_path / 'it\'s 100% $HOME "of" mine' / "run", tmp_path / "blind"
     model = shutil.copytree(REPOSITORY / "examples" / "bundled" / "model", tmp_path / "model")
     lab.on("n2", "mount", "-t", "tmpfs", "tmpfs", model.parent / "model")
     gpus = ("slurm.gpus_per_node=1", "executor.gpus_per_worker=1")
-    job = lab.submit(run_dir, *gpus, **SECRETS)
+    remote = ("model.path=s3://lab/model", "upload.url=s3://lab/out")
+    cache = f"cache.dir={tmp_path}/cache-$SLURMD_NODENAME"
+    secrets = store | {"HF_TOKEN": "hf_planted4a1c9e7d20"}
+    job = lab.submit_by_command(run_dir, *gpus, *remote, cache, **secrets)
     other = lab.submit(blind, f"model.path={model}")
     lab.await_state(job, "RUNNING")
     lab.await_state(other, "RUNNING")
     assert lab.await_end(job) == "COMPLETED 0 0:0", logs_of(run_dir)
-    assert bytes_of(run_dir) == undisturbed
-    assert leaked(run_dir) == []
+    assert_made_as(reference, run_dir)
+    output = {path.name: digest(path) for path in (run_dir / "output").iterdir()}
+    sent = json.loads(lab.on("ctl", sys.executable, "-m", STORE, "list", "s3://lab/out", **store))
+    assert {name: sent[name] for name in sent if name != "coalesce.json"} == output
+    # With keys that came from the environment every node has fetched the weights for itself.
+    assert {path.parts[-3] for path in tmp_path.glob("cache-*/*/*.safetensors")} == {
+        "cache-n1",
+        "cache-n2",
+    }
+    assert leaked(tmp_path, [secrets[name] for name in SECRETS]) == []
     assert lab.await_end(other) == "FAILED 0 2:0", logs_of(blind)
     assert f"error: {model} has other contents on n2 (10.77.0.12)" in logs_of(blind)
     for node in ("n1", "n2"):
@@ -96,13 +132,22 @@ def test_a_job_of_two_nodes_gives_the_bytes_of_one_process_beside_a_blind_one(
     assert not list(Path("/tmp").glob(f"coalesce-{job}-*"))
 
 
-def leaked(folder: Path) -> list[str]:
+def assert_made_as(reference: Path, run_dir: Path) -> None:
+    """The same but for where the model came from, which card and tables tell."""
+    for name in ("statistics.arrow", "decision.arrow"):
+        assert read_table(run_dir / name).equals(read_table(reference / name))
+    for path in (reference / "output").iterdir():
+        if path.name != "README.md":
+            assert digest(run_dir / "output" / path.name) == digest(path), path.name
+
+
+def leaked(folder: Path, values: Sequence[str]) -> list[str]:
     """Files that hold a planted secret."""
     return [
-        f"{name} in {path}"
+        f"{value} in {path}"
         for path in folder.rglob("*")
         if path.is_file()
-        for name, value in SECRETS.items()
+        for value in values
         if value.encode() in path.read_bytes()
     ]
 
@@ -114,7 +159,7 @@ def test_a_warned_job_ends_its_units_and_goes_on_with_fewer_nodes(
     job = lab.submit(run_dir, "slurm.lead_seconds=90")
     hold(lab, run_dir)
     lab.on("ctl", "scancel", "--batch", "--signal=USR1", job)
-    until(lambda: "got SIGUSR1" in logs_of(run_dir), "the launcher heard", 30)
+    until(lambda: "got SIGUSR1" in logs_of(run_dir), "the launcher heard")
     lab.signal_workers(signal.SIGCONT)
     lab.await_state(job, "PENDING 1")
     assert "stopped by SIGUSR1; finished units are kept" in logs_of(run_dir)
@@ -131,14 +176,18 @@ def stopped(run_dir: Path) -> list[int]:
     return [event["code"] for event in events if event["event"] == "run_stopped"]
 
 
-def test_a_job_at_its_time_limit_ends_hung_units_and_starts_itself_again(
+def test_a_job_at_its_time_limit_ends_hung_units_and_starts_again_beside_one_that_lacks_a_node(
     lab: Lab, undisturbed: dict[str, str], tmp_path: Path
 ) -> None:
-    run_dir = tmp_path / "run"
+    """While the first waits for its limit, the second waits for a node that does not join."""
+    run_dir, lonely = tmp_path / "run", tmp_path / "lonely"
     # On a slow machine a start may reach its limit before it has finished a shard.
-    job = lab.submit(run_dir, "slurm.time='1'", "slurm.fruitless_starts=10")
+    job = lab.submit(run_dir, "slurm.time='1'", "slurm.fruitless_starts=20")
     hold(lab, run_dir)
     restarts = int(lab.state(job).split()[1])
+    lonely.mkdir()
+    lab.on("n2", "mount", "-t", "tmpfs", "tmpfs", lonely)
+    other = lab.submit(lonely, "slurm.join_seconds=40", "slurm.fruitless_starts=1")
     # Ray takes a worker that stands still for dead after half a minute, and makes another.
     until(
         lambda: (
@@ -146,14 +195,25 @@ def test_a_job_at_its_time_limit_ends_hung_units_and_starts_itself_again(
             and lab.state(job).startswith(f"PENDING {restarts + 1}")
         ),
         "the job has requeued itself",
-        240,
+        pause=0.2,
+        shown=lambda: lab.story(job),
     )
     assert "got SIGUSR1" in logs_of(run_dir)
     assert "ending them" in logs_of(run_dir)
-    lab.on("ctl", "scontrol", "update", f"JobId={job}", "TimeLimit=10")
+    lab.on("ctl", "scontrol", "update", f"JobId={job}", "TimeLimit=30")
+    assert_gave_up_for_want_of_n2(lab, other, lonely)
     assert lab.await_end(job) == f"COMPLETED {restarts + 1} 0:0", logs_of(run_dir)
     assert bytes_of(run_dir) == undisturbed
     assert stopped(run_dir)[-1] == 143
+
+
+def assert_gave_up_for_want_of_n2(lab: Lab, job: str, run_dir: Path) -> None:
+    assert lab.await_end(job) == "FAILED 0 75:0", logs_of(run_dir)
+    said = logs_of(run_dir)
+    assert "1 of 2 nodes missing after" in said
+    assert "n2 did not report at all (not started, or the run folder is not shared with it)" in said
+    assert "1 starts in a row finished no unit: not requeued" in said
+    assert not (run_dir / "run.json").exists()
 
 
 def test_a_job_that_is_preempted_requeued_and_loses_its_head_goes_on(
@@ -176,26 +236,13 @@ def test_a_job_that_is_preempted_requeued_and_loses_its_head_goes_on(
     assert bytes_of(run_dir) == undisturbed
 
 
-def test_a_node_that_does_not_join_is_named_and_the_job_gives_up(lab: Lab, tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
-    run_dir.mkdir()
-    lab.on("n2", "mount", "-t", "tmpfs", "tmpfs", run_dir)
-    job = lab.submit(run_dir, "slurm.join_seconds=40", "slurm.fruitless_starts=1")
-    assert lab.await_end(job) == "FAILED 0 75:0", logs_of(run_dir)
-    said = logs_of(run_dir)
-    assert "1 of 2 nodes missing after" in said
-    assert "n2 did not report at all (not started, or the run folder is not shared with it)" in said
-    assert "1 starts in a row finished no unit: not requeued" in said
-    assert not (run_dir / "run.json").exists()
-
-
 def test_a_cancelled_job_stays_cancelled(lab: Lab, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     job = lab.submit(run_dir)
-    until(lambda: (run_dir / "slurm" / f"nodes-{job}.log").exists(), "started", 60)
+    until(lambda: (run_dir / "slurm" / f"nodes-{job}.log").exists(), "started")
     lab.on("ctl", "scancel", job)
     assert lab.await_end(job).startswith("CANCELLED 0")
-    until(lambda: not lab.on("ctl", "squeue", "--noheader"), "the job is gone", 60)
+    until(lambda: not lab.on("ctl", "squeue", "--noheader"), "the job is gone", pause=0.3)
     assert "requeueing" not in logs_of(run_dir)
 
 

@@ -167,6 +167,7 @@ def layers_of(job: Prepared) -> dict[str, str]:
     return {name: digest for name, digest in found.items() if not name.endswith(".json")}
 
 
+@pytest.mark.slow
 def test_the_first_block_is_fitted_to_its_own_outputs(finished: Prepared, tmp_path: Path) -> None:
     job = copied(finished, tmp_path)
     inputs = LayerInputs.read(samples.layer_inputs(job.folder, job.config.calibrate, job.moe)[0])
@@ -176,11 +177,13 @@ def test_the_first_block_is_fitted_to_its_own_outputs(finished: Prepared, tmp_pa
     assert torch.allclose(tensors["0.hidden"], inputs.hidden, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_nothing_of_the_streams_is_left_when_all_layers_are_finished(finished: Prepared) -> None:
     assert not finished.folder.refit.exists()
     assert not list(finished.folder.root.rglob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_a_damaged_layer_is_made_again_from_streams_carried_anew(
     finished: Prepared, tmp_path: Path
 ) -> None:
@@ -208,6 +211,7 @@ class Stopped(Exception):
     """Stands for a kill between two units."""
 
 
+@pytest.mark.slow
 def test_a_chain_stopped_between_any_two_units_does_none_of_them_twice(
     finished: Prepared, tmp_path: Path
 ) -> None:
@@ -308,6 +312,7 @@ def test_statistics_of_another_run_are_refitted_behind_reduced_layers_too(
 # Refused, and planned -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_statistics_without_their_text_are_refused(finished: Prepared, tmp_path: Path) -> None:
     copy = copied(finished, tmp_path)
     copy.folder.calibration_tokens.with_name("tokens.arrow.json").unlink()

@@ -86,10 +86,12 @@ def test_the_summary_has_both_sizes_and_the_exact_number_of_bytes(inputs: Inputs
 
 
 def test_the_disk_that_is_needed_includes_baselines(inputs: Inputs) -> None:
-    alone = disk.disk_bytes(prepared(inputs, "calibrate.sample=null"))
+    without = prepared(inputs, "calibrate.sample=null")
     reap = held_out(inputs, "reap")
     compared = disk.disk_bytes(prepared(inputs, "calibrate.sample=null", reap))
-    assert compared == 2 * alone + 10 * 64 * 4 + 64 * 4
+    tokenizer = sum(path.stat().st_size for path in inputs.model.glob("tokenizer*"))
+    assert disk.model_bytes(without) >= predicted_bytes(without) + tokenizer
+    assert compared == disk.disk_bytes(without) + disk.model_bytes(without) + 10 * 64 * 4 + 64 * 4
 
 
 @pytest.mark.parametrize(

@@ -181,6 +181,7 @@ def test_a_run_whose_text_changed_stops_and_says_so(tmp_path: Path) -> None:
     assert {path: path.read_bytes() for path in before} == before
 
 
+@pytest.mark.slow
 def test_what_a_kill_left_of_the_marker_is_no_obstacle(tmp_path: Path) -> None:
     job = prepared(tmp_path, "mixtral")
     job.folder.root.mkdir()

@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +18,11 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[2]
-# Set by `make test-cluster`: packages may be installed, and a lab that does not come up fails.
-REQUIRED = os.environ.get("COALESCE_SLURM_LAB") == "required"
+# Set by make. "required": a lab that does not come up fails; "optional": it is skipped where it
+# cannot be had. Both may install packages; without either nothing is installed.
+WANTED = os.environ.get("COALESCE_SLURM_LAB", "")
+# Nothing is expected to take so long; a machine may be busy with other things.
+PATIENCE = 900.0
 _NOT_POSSIBLE = 3
 
 
@@ -28,17 +32,33 @@ class Lab:
 
     folder: Path
 
-    def on(self, node: str, *words: object, check: bool = True) -> str:
-        """Output of a command on a node."""
+    def on(self, node: str, *words: object, check: bool = True, **variables: str) -> str:
+        """Output of a command on a node, with more variables in its environment."""
         done = subprocess.run(
             [self.folder / "on", node, *map(str, words)],
             capture_output=True,
             text=True,
             check=False,
             cwd=REPOSITORY,
+            env=os.environ | variables,
         )
         assert not check or done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
         return done.stdout
+
+    @contextmanager
+    def running(self, node: str, *words: object) -> Iterator[None]:
+        """A command on a node, ended with the context (and, whatever happens, with the lab)."""
+        command = [self.folder / "on", node, "setpriv", "--pdeathsig=KILL", *map(str, words)]
+        process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.DEVNULL)
+        try:
+            yield
+        finally:
+            process.kill()
+            process.wait()
+
+    def address(self, node: str) -> str:
+        """By which other nodes reach it."""
+        return self.on(node, "hostname", "--all-ip-addresses").split()[0]
 
     def coalesce(self, *words: object, **secrets: str) -> subprocess.CompletedProcess[str]:
         """The command on the login node, with more variables in its environment."""
@@ -52,8 +72,8 @@ class Lab:
             env=environment | secrets,
         )
 
-    def submit(self, run_dir: Path, *overrides: str, **secrets: str) -> str:
-        """Submits the small run; returns the job's number."""
+    def submit_by_command(self, run_dir: Path, *overrides: str, **secrets: str) -> str:
+        """Submits the small run as a user does; returns the job's number."""
         words = ["submit", "slurm", "quickstart", f"run_dir={run_dir}", *SMALL, *JOB, *overrides]
         done = self.coalesce(*words, **secrets)
         assert done.returncode == 0, done.stderr
@@ -61,14 +81,43 @@ class Lab:
         assert found, done.stdout
         return found[1]
 
+    def submit(self, run_dir: Path, *overrides: str) -> str:
+        """The same by what that command calls, in this process, which has imported all of it."""
+        from orchestrator.load import load
+        from orchestrator.preflight import prepare
+        from orchestrator.slurm.submit import plan
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(REPOSITORY)
+            patch.setenv("PYTHONPATH", str(REPOSITORY))
+            patch.setenv("OMP_NUM_THREADS", "1")
+            patch.setenv("PATH", f"{self.folder / 'bin'}{os.pathsep}{os.environ['PATH']}")
+            config = load("quickstart", [f"run_dir={run_dir}", *SMALL, *JOB, *overrides]).config
+            submission = plan(config)
+            prepare(config)
+            submission.write()
+            return submission.submit()
+
     def state(self, job: str) -> str:
-        """Slurm's word for the state of a job, and how often it was started again."""
+        """Slurm's word for the state of a job, how often it was started again, and exit code."""
         text = self.on("ctl", "scontrol", "show", "job", job)
         return " ".join(re.findall(r"(?:JobState|Restarts|ExitCode)=(\S+)", text))
 
-    def await_state(self, job: str, wanted: str, seconds: float = 240) -> None:
+    def await_state(self, job: str, wanted: str, seconds: float = PATIENCE) -> None:
         """Waits until the state of a job matches a pattern."""
-        until(lambda: re.search(wanted, self.state(job)), f"job {job} is {wanted}", seconds)
+        until(
+            lambda: re.search(wanted, self.state(job)),
+            f"job {job} is {wanted}",
+            seconds,
+            pause=0.3,
+            shown=lambda: self.story(job),
+        )
+
+    def story(self, job: str) -> str:
+        """All that Slurm and the job itself tell about it."""
+        text = self.on("ctl", "scontrol", "show", "job", job)
+        log = re.search(r"^\s*StdOut=(.*)$", text, re.MULTILINE)
+        return text + (Path(log[1]).read_text() if log and Path(log[1]).exists() else "no log")
 
     def await_end(self, job: str) -> str:
         """State in the end, restarts, exit code."""
@@ -97,8 +146,10 @@ class Lab:
         return len(found)
 
 
-# Calibration takes some seconds, so that a test can stop it in its midst.
+# Calibration takes some seconds, so that a test can stop it in its midst; all else little.
 SMALL = (
+    "calibrate.sample.tokens=1024",
+    "refit.polish.steps=0",
     "evaluate=null",
     "calibrate.shards=40",
     "calibrate.batch_size=1",
@@ -107,17 +158,30 @@ JOB = (
     "slurm.nodes=2",
     "slurm.cpus_per_task=1",
     "slurm.memory_per_node=3000M",
-    "slurm.join_seconds=120",
+    "slurm.join_seconds=300",
     "slurm.lead_seconds=10",
 )
 
 
-def until(condition: Callable[[], object], what: str, seconds: float) -> None:
-    """Waits for a condition."""
+def until(
+    condition: Callable[[], object],
+    what: str,
+    seconds: float = PATIENCE,
+    *,
+    pause: float = 0.02,
+    shown: Callable[[], str] = str,
+) -> None:
+    """Waits for a condition.
+
+    Args:
+        pause: seconds between two looks; a look that starts a process should not be taken often.
+        shown: what a failure tells besides.
+    """
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}"
-        time.sleep(0.02)
+        late = time.monotonic() > deadline
+        assert not late, f"not within {seconds:.0f} s: {what}\n{shown()}"
+        time.sleep(pause)
 
 
 def logs_of(run_dir: Path) -> str:
@@ -127,7 +191,7 @@ def logs_of(run_dir: Path) -> str:
 
 def bring_up(folder: Path) -> Lab:
     """Starts Slurm, or skips the test and says why."""
-    environment = os.environ | {"LAB_GPUS": "2", "LAB_INSTALL": "1" if REQUIRED else "0"}
+    environment = os.environ | {"LAB_GPUS": "2", "LAB_INSTALL": "1" if WANTED else "0"}
     up = subprocess.run(
         [HERE / "up.sh", folder, "2"],
         env=environment,
@@ -135,7 +199,7 @@ def bring_up(folder: Path) -> Lab:
         text=True,
         check=False,
     )
-    if up.returncode == _NOT_POSSIBLE and not REQUIRED:
+    if up.returncode == _NOT_POSSIBLE and WANTED != "required":
         pytest.skip(f"no Slurm here: {up.stderr.strip()}")
     assert up.returncode == 0, up.stdout + up.stderr
     return Lab(folder)

@@ -118,6 +118,9 @@ export SLURM_CONF=$SLURM_CONF
 exec nsenter -t \${inner%% *} -m -u -n -p --wdns="\$PWD" "\$@"
 X
 chmod +x on
+# `PATH=FOLDER/bin:$PATH` makes the caller's sbatch that of the login node.
+mkdir bin; printf '#!/bin/bash\nexec %q/on ctl %q "$@"\n' "$LAB" "$(command -v sbatch)" > bin/sbatch
+chmod +x bin/sbatch
 for _ in $(seq 150); do
   [ "$(./on ctl sinfo -h -N -p main -t idle 2>/dev/null | wc -l)" = "$N" ] && exit 0
   sleep .2

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,28 +20,43 @@ from orchestrator.plan import summary
 from orchestrator.preflight import prepare
 from tests.orchestrator.refusals import assert_one_message, assert_refused
 from tests.orchestrator.tiny_run import (
+    WORDS,
     Command,
     Inputs,
     Outcome,
     snapshot,
+    write_jsonl,
 )
 
 MOUNTABLE = shutil.which("mount") is not None and os.geteuid() == 0
+# Report, logs, events and markers of a small run.
+UNCOUNTED = 2_000_000
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 400 kB."""
+def mounted(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Makes a file system of so many bytes, rounded to pages."""
     if not MOUNTABLE:
         pytest.skip("only root can mount a small disk")
     path = tmp_path / "disk"
     path.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(path)]
-    if subprocess.run(command, capture_output=True, check=False).returncode != 0:
-        pytest.skip("no disk can be mounted here")
-    yield path
+
+    def mount(size: int) -> Path:
+        options = f"size={size // 4096 * 4096}"
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path)]
+        if subprocess.run(command, capture_output=True, check=False).returncode != 0:
+            pytest.skip("no disk can be mounted here")
+        return path
+
+    yield mount
     gc.collect()  # the traceback of a failed run still maps files of this disk
     subprocess.run(["umount", str(path)], check=True)
+
+
+@pytest.fixture
+def small_disk(mounted: Callable[[int], Path]) -> Path:
+    """A file system of 400 kB."""
+    return mounted(400 << 10)
 
 
 def fill(disk: Path, free: int) -> Path:
@@ -52,23 +69,98 @@ def fill(disk: Path, free: int) -> Path:
 def test_a_run_that_will_not_fit_on_the_disk_is_refused_with_numbers(
     coalesce: Command, inputs: Inputs, small_disk: Path
 ) -> None:
+    needed = disk.peak_bytes(prepare(load(str(inputs.recipe())).config))
+    assert 154_680 < needed < 300_000
     fill(small_disk, 64 << 10)
     recipe = inputs.recipe(run_dir=str(small_disk / "run"))
-    assert_refused(coalesce, inputs, recipe, "will write 154,680 bytes", "65,536 are free")
+    words = f"needs up to {needed:,} bytes", "when all is written", "65,536 are free"
+    assert_refused(coalesce, inputs, recipe, *words)
     assert not (small_disk / "run").exists()
 
 
-def test_hidden_states_that_will_not_fit_are_refused_with_numbers(
-    coalesce: Command, inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+# What takes most of the disk for a time, and what is said about it.
+SCRATCH: dict[str, tuple[dict[str, Any], str]] = {
+    "hidden states": (
+        {"calibrate__engine": "streaming", "calibrate__data__tokens": 8192},
+        "hidden states of 1 shards",
+    ),
+    "outputs of all experts": (
+        {"calibrate__data__tokens": 300_000, "calibrate__sample__tokens": 300_000},
+        "all experts are evaluated",
+    ),
+    "carried streams": (
+        {
+            "group": {"method": "coalesce", "budget": {"keep_ratio": 0.5}},
+            "refit": {"enabled": True, "target": "sequential"},
+            "calibrate__data__tokens": 2048,
+        },
+        "refitted behind reduced",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "words"), SCRATCH.values(), ids=SCRATCH)
+def test_what_lies_there_only_for_a_time_needs_its_room_beside_what_stays(
+    coalesce: Command,
+    inputs: Inputs,
+    mounted: Callable[[int], Path],
+    changes: dict[str, Any],
+    words: str,
 ) -> None:
-    """512 tokens in two shards, 32 values of 4 bytes each: streamed one after the other."""
-    usage = shutil.disk_usage("/")._replace(free=30_000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage)
-    monkeypatch.setattr(disk, "disk_bytes", lambda _run: 0)
-    recipe = inputs.recipe(calibrate__engine="streaming")
-    words = "hidden states of 1 shards at a time, 32,768 bytes", "30,000 are free"
-    assert_refused(coalesce, inputs, recipe, *words)
-    assert not inputs.run_dir.exists()
+    run = prepare(load(str(inputs.recipe(**changes))).config)
+    peak = disk.peak_bytes(run)
+    assert f"{human(peak)} of disk at the peak" in summary(run)
+    # Copies of layer files would fit as well, so that the disk need not be asked for links.
+    room = peak + disk.weight_bytes(run) + (1 << 16)
+    place = mounted(room)
+    filler = fill(place, peak - 4096 - peak % 4096)
+    recipe = inputs.recipe(run_dir=str(place / "run"), **changes)
+    assert disk.disk_bytes(run) < os.statvfs(place).f_bavail * 4096 < peak
+    assert_refused(coalesce, inputs, recipe, f"needs up to {peak:,} bytes", words)
+    filler.unlink()
+    assert coalesce("validate", recipe).code == 0
+
+
+def test_a_disk_is_asked_for_hard_links_where_copies_would_not_fit(
+    coalesce: Command,
+    inputs: Inputs,
+    mounted: Callable[[int], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A tmpfs has them; no file system without them can be had here, so its answer is replaced."""
+    run = prepare(load(str(inputs.recipe())).config)
+    copies = disk.weight_bytes(run)
+    place = mounted(disk.peak_bytes(run) + 16384)
+    recipe = inputs.recipe(run_dir=str(place / "run"))
+    assert coalesce("validate", recipe).code == 0
+    assert list(place.iterdir()) == []
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "no hard links")
+
+    monkeypatch.setattr(os, "link", refuse)
+    needed = f"needs up to {disk.peak_bytes(run) + copies:,} bytes"
+    assert_refused(coalesce, inputs, recipe, needed, "no hard links")
+    assert list(place.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_run_with_all_kinds_of_scratch_files_fits_on_the_disk_that_it_asked_for(
+    coalesce: Command, inputs: Inputs, mounted: Callable[[int], Path]
+) -> None:
+    rows = [{"text": " ".join(WORDS[i % 60 :] + WORDS[: i % 60])} for i in range(400)]
+    write_jsonl(inputs.text, rows)
+    changes = SCRATCH["carried streams"][0] | {
+        "calibrate__engine": "streaming",
+        "calibrate__data__tokens": 20_000,
+        "calibrate__batch_size": 64,
+        "calibrate__sample__tokens": 8000,
+    }
+    peak = disk.peak_bytes(prepare(load(str(inputs.recipe(**changes))).config))
+    assert peak > 6 * UNCOUNTED
+    place = mounted(peak + UNCOUNTED)
+    outcome = coalesce("run", inputs.recipe(run_dir=str(place / "run"), **changes), "--quiet")
+    assert outcome.code == 0, outcome.err
 
 
 @pytest.mark.parametrize(("executor", "shards"), [({"workers": 3}, 2), ({"workers": 1}, 1)])
