@@ -76,7 +76,7 @@ class Family:
     fewest_per_router_group: int = 1
     encoder_decoder: bool = False
     states: int = 1  # vectors of size H that a layer hands on for each token, at most
-    # config.json -> what a layer does with its experts' sum besides scaling it, before that is in the
+    # config.json -> what a layer does with its experts' sum besides scaling it, before it is in the
     # residual stream, so that no error of the stream can be handed to the experts; None: nothing.
     behind_experts: Callable[[Mapping[str, Any]], str | None] = _nothing
     # config.json -> layer -> how much of an error in its output reaches the end; 1 where absent.

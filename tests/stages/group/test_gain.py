@@ -1,4 +1,4 @@
-"""A budget divided between layers may count what becomes of their errors by the end of the model."""
+"""A budget divided between layers may count what becomes of their errors until the model ends."""
 
 from __future__ import annotations
 
