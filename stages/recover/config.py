@@ -49,6 +49,12 @@ class DeepSpeedConfig(Settings):
     # The model runs in bfloat16; values are still kept, and updated, in fp32.
     bf16: bool = False
 
+    @model_validator(mode="after")
+    def _rounded_values_have_others_behind_them(self) -> Self:
+        if self.zero_stage == 0 and (self.bf16 or self.cpu_offload):
+            raise ValueError("bf16 and cpu_offload need zero_stage 1, 2 or 3")
+        return self
+
 
 class RecoverConfig(Settings):
     """Which values are trained, on how much text, and how fast."""

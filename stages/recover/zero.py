@@ -1,9 +1,10 @@
 """AdamW with values, gradients and moments dealt out to the ranks by DeepSpeed (ZeRO).
 
 What the ranks hold is gathered by name for a state, and dealt out again from one, through
-`deepspeed.utils.safe_{get,set}_full_*`. DeepSpeed makes Adam's moments at the first step only, so
-before they can be set they are made here; `_lazy_init_hp_params_optimizer_state` is how it makes
-them known to itself, and no public name.
+`deepspeed.utils.safe_{get,set}_full_*`. DeepSpeed lets Adam make its moments in the first step, and
+looks for those of all groups of parameters once the first group has stepped, when the others have
+none (0.19.8). Here they are made beforehand; `_lazy_init_hp_params_optimizer_state`, by which
+DeepSpeed takes notice of them, and `fp32_partitioned_groups_flat` are no public names.
 """
 
 from __future__ import annotations
@@ -37,16 +38,18 @@ class Zero:
 
         section = config.deepspeed or DeepSpeedConfig()
         self._stage, self._size = section.zero_stage, ranks.size
+        self._clip = _NO_CLIP if config.clip is None else config.clip
         self._trained = dict(trained)
         # fp32 as they are on disk: wrapping may round the model.
         start = {name: p.detach().float().clone() for name, p in trained.items()}
         self._engine, _, _, _ = deepspeed.initialize(
             model=model,
             optimizer=adamw(trained, config),
-            config=_settings(section, config, ranks.size),
+            config=_settings(section, config, ranks.size, 0.0 if self._stage == 0 else self._clip),
             dist_init_required=False,
         )
         self.model = self._engine
+        self._make_moments(0)
         if section.bf16:
             self._set_values(start)
 
@@ -58,8 +61,12 @@ class Zero:
 
     def step(self, rate: float) -> float:
         """See `Optimiser`."""
-        for group in self._engine.basic_optimizer.param_groups:
+        for group in self._held.param_groups:
             group["lr"] = rate
+        if self._stage == 0:  # without ZeRO, DeepSpeed clips and does not say the norm
+            norm = float(nn.utils.clip_grad_norm_(self._trained.values(), self._clip))
+            self._engine.step()
+            return norm
         self._engine.step()
         norm = float(self._engine.get_global_grad_norm())
         # DeepSpeed says -1 where it is no number.
@@ -112,15 +119,19 @@ class Zero:
 
     def _make_moments(self, step: int) -> None:
         """Zeros of the right shapes, as if `step` updates had been made."""
-        for group in self._held.param_groups:
-            for held in group["params"]:
-                self._held.state[held] = {
-                    "step": torch.tensor(float(step)),
-                    **{which: torch.zeros_like(held.data) for which in _MOMENTS},
-                }
-        link = getattr(self._engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
-        if link is not None:
-            link()
+        groups = [each["params"] for each in self._held.param_groups]
+        if self._stage == 3:
+            groups = [self._engine.optimizer.fp32_partitioned_groups_flat]
+        for held in (each for group in groups for each in group):
+            self._held.state[held] = {
+                "step": torch.tensor(float(step)),
+                **{which: torch.zeros_like(held.data) for which in _MOMENTS},
+            }
+        optimiser = self._engine.optimizer
+        if hasattr(optimiser, "_lazy_init_hp_params_optimizer_state"):
+            # Those that it knows already are no longer the ones that are updated.
+            optimiser._hp_optimizer_states_linked = False
+            optimiser._lazy_init_hp_params_optimizer_state()
 
     def _set_values(self, values: Named) -> None:
         """Into the fp32 values that are updated, and into those that the model runs with."""
@@ -143,7 +154,9 @@ class Zero:
         return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
 
 
-def _settings(section: DeepSpeedConfig, config: RecoverConfig, ranks: int) -> dict[str, Any]:
+def _settings(
+    section: DeepSpeedConfig, config: RecoverConfig, ranks: int, clip: float
+) -> dict[str, Any]:
     passes = -(-config.batch // (ranks * config.micro_batch))
     zero: dict[str, Any] = {"stage": section.zero_stage}
     if section.cpu_offload:
@@ -151,7 +164,7 @@ def _settings(section: DeepSpeedConfig, config: RecoverConfig, ranks: int) -> di
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": passes,
-        "gradient_clipping": _NO_CLIP if config.clip is None else config.clip,
+        "gradient_clipping": clip,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
