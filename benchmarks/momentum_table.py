@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.momentum_cell import RATES
 from benchmarks.pages import show_or_put
 
-MARKS = ("<!-- begin: benchmarks.momentum_table -->", "<!-- end -->")
+MARKS = ("<!-- momentum: begin -->\n", "<!-- momentum: end -->\n")
 NAMES = {
     "smoe": "SMoE",
     "momentum": "heavy ball",
