@@ -29,19 +29,23 @@ def words(texts: Sequence[str]) -> int:
     return sum(len(WORD.findall(text)) for text in texts)
 
 
-@torch.inference_mode()
 def perplexity_per_word(model: Any, tokenizer: Any, texts: Sequence[str], length: int) -> float:
     """exp(nats of all tokens / words), in windows of `length` tokens.
 
     Per token it would mislead: an attack changes how many tokens there are, and the pieces of a
     repeated AAA are easy to predict.
     """
+    return math.exp(nats(model, tokenizer, texts, length)[0] / words(texts))
+
+
+@torch.inference_mode()
+def nats(model: Any, tokenizer: Any, texts: Sequence[str], length: int) -> tuple[float, int]:
+    """Summed cross-entropy of all texts on end, and the number of tokens that were predicted."""
     ids = torch.tensor([i for text in texts for i in tokenizer(text, verbose=False)["input_ids"]])
     full = ids.unfold(0, length + 1, length)  # windows share the token that is predicted
     rest = ids[len(full) * length :]
     batches = list(full.split(_BATCH)) + ([rest[None]] if len(rest) > 1 else [])
-    total = sum(_nats(model, batch) for batch in batches)
-    return math.exp(total / words(texts))
+    return sum(_nats(model, batch) for batch in batches), len(ids) - 1
 
 
 def _nats(model: Any, rows: Tensor) -> float:

@@ -1,64 +1,39 @@
 """SMoE against MomentumSMoE: trained on the same batches, clean and attacked, and compressed.
 
     python -m benchmarks.momentum --quick --out /tmp/momentum
-    python -m benchmarks.momentum --out OUT
+    python -m benchmarks.momentum --out OUT --workers 2 --results docs/results/momentum.json
+    python -m benchmarks.momentum_table docs/results/momentum.json --page docs/momentum.md
 
-Training is that of `examples/pretrain/variants.py`, on the bundled calibration text; perplexities
-are per word on the bundled held-out text. The same command goes on where it ended. `--quick` is one
-seed of the released block for a few hundred steps of a very small model: it shows that everything
-works and says nothing about which model is better.
+Models are small enough to be trained in seconds per hundred steps and learn one domain of the
+bundled text with a tokenizer of its own; perplexities are per word, and per token, of held-out text
+of that domain. Every model is a cell with a JSON file: the same command goes on where it ended.
+`--quick` is one seed of six layers of the released block: it shows that everything works.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
+import multiprocessing
+import platform
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
-import yaml
+from benchmarks.momentum_cell import Cell, Place, Size, result_file, run
+from benchmarks.momentum_text import BUNDLED, save_tokenizer
 
-from benchmarks.attack import attacked, perplexity_per_word
-
-REPOSITORY = Path(__file__).resolve().parents[1]
-BUNDLED = REPOSITORY / "examples" / "bundled"
-PRETRAIN = REPOSITORY / "examples" / "pretrain"
-RATES = (0.0, 0.025, 0.05, 0.1)
-HEADLINE_RATE = 0.025
-# Written in words that spaces separate.
-DOMAINS = ("english_prose", "legal")
-VARIANTS: dict[str, dict[str, Any]] = {
-    "smoe": {"mu": 0.0},
-    "momentum": {"mu": 0.7},
-    "adam": {"momentum_kind": "adam"},
-    "robust": {"momentum_kind": "robust"},
-}
-MODEL = {
-    "hidden_size": 128,
-    "intermediate_size": 128,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_local_experts": 16,
-}
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One training: a block style, a depth and a seed."""
-
-    style: str
-    layers: int
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """`post_ln-6-0`."""
-        return f"{self.style}-{self.layers}-{self.seed}"
+HEADLINE_RATE = "2.5"
+PAIR = ("smoe", "momentum")
+OTHERS = ("adam", "robust")
+# The same for all variants, styles and depths; what others give is measured at the end.
+LEARNING_RATE = 3e-3
+OTHER_RATES = (1.5e-3, 6e-3)
+WHOLE = Size(steps=300, windows=8, length=64, characters=24_000)
 
 
 @dataclass(frozen=True)
@@ -66,106 +41,43 @@ class Setup:
     """What is trained and measured."""
 
     out: Path
-    steps: int = 1000
-    per_domain: int = 2
-    length: int = 256
+    size: Size = WHOLE
     styles: tuple[str, ...] = ("post_ln", "pre_ln")
     layers: tuple[int, ...] = (6, 3, 12)
     seeds: tuple[int, ...] = (0, 1, 2)
-    variants: tuple[str, ...] = ("smoe", "momentum", "adam", "robust")
-    splits: tuple[str, ...] = ("validation", "test")
-    characters: int = 100_000  # of every domain and split
-    threads: int = 2
-    smaller: Mapping[str, int] | None = None
+    others: tuple[str, ...] = OTHERS
+    rates: tuple[float, ...] = OTHER_RATES
+    workers: int = 1
+    finished: bool = False  # nothing more is trained
 
     @property
-    def cells(self) -> Iterator[Cell]:
-        """Those of the headline first."""
-        return (Cell(*each) for each in product(self.styles, self.layers, self.seeds))
+    def cells(self) -> list[Cell]:
+        """First all seeds of the first depth, then a seed of everything else, then the rest."""
+        found = list(self._of(self.seeds, self.layers[:1], PAIR))
+        for seed in self.seeds:
+            found += self._of((seed,), self.layers[1:], PAIR)
+            found += self._of((seed,), self.layers[:1], self.others)
+        for rate in self.rates:
+            found += self._of(self.seeds[:1], self.layers[:1], PAIR, rate)
+        return found
+
+    def _of(
+        self,
+        seeds: Sequence[int],
+        layers: Sequence[int],
+        variants: Sequence[str],
+        rate: float = LEARNING_RATE,
+    ) -> Iterator[Cell]:
+        for seed, depth, style, variant in product(seeds, layers, self.styles, variants):
+            yield Cell(style, depth, seed, variant, rate)
 
 
 def quick(setup: Setup) -> Setup:
-    """A few minutes on two cores."""
-    small = {"hidden_size": 64, "intermediate_size": 64, "num_local_experts": 8}
+    """Two of the cells, on less held-out text: two to three minutes on an idle machine."""
+    size = replace(setup.size, characters=10_000, splits=("validation",))
     return replace(
-        setup,
-        steps=240,
-        per_domain=1,
-        length=128,
-        styles=("post_ln",),
-        layers=(6,),
-        seeds=(0,),
-        variants=("smoe", "momentum"),
-        splits=("validation",),
-        characters=20_000,
-        smaller=small,
+        setup, size=size, styles=("post_ln",), layers=(6,), seeds=(0,), others=(), rates=()
     )
-
-
-def train(setup: Setup, cell: Cell) -> Path:
-    """The folder with a model per variant; what is there is not trained again."""
-    folder = setup.out / cell.name
-    folder.mkdir(parents=True, exist_ok=True)
-    config = yaml.safe_load((PRETRAIN / "variants.yaml").read_text(encoding="utf-8"))
-    config["recipe"] |= {
-        "steps": setup.steps,
-        "per_domain": setup.per_domain,
-        "sequence_length": setup.length,
-        "seed": cell.seed,
-        "learning_rate": 1.5e-3 if cell.style == "post_ln" else 3e-3,
-    }
-    config["model"] |= MODEL | dict(setup.smaller or {})
-    config["model"] |= {"block_style": cell.style, "num_hidden_layers": cell.layers}
-    config["variants"] = {name: VARIANTS[name] for name in setup.variants}
-    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    words = {
-        "config": folder / "config.yaml",
-        "data": BUNDLED / "data",
-        "tokenizer": BUNDLED / "model",
-        "out": folder,
-        "threads": setup.threads,
-        "held-out-tokens": 2_000,
-    }
-    given = [word for name, value in words.items() for word in (f"--{name}", str(value))]
-    subprocess.run(
-        [sys.executable, "variants.py", *given], cwd=PRETRAIN, check=True, stdout=sys.stderr
-    )
-    return folder
-
-
-def perplexities(setup: Setup, model_folder: Path) -> dict[str, dict[str, float]]:
-    """Split -> rate in percent -> perplexity per word of one model."""
-    from transformers import AutoTokenizer
-
-    from stages.model import load_model
-
-    model = load_model(model_folder, "float32")
-    tokenizer = AutoTokenizer.from_pretrained(BUNDLED / "model")
-    found: dict[str, dict[str, float]] = {}
-    for split in setup.splits:
-        texts = held_out(split, setup.characters)
-        found[split] = {
-            f"{100 * rate:g}": perplexity_per_word(
-                model, tokenizer, [attacked(text, rate, i) for i, text in enumerate(texts)], 128
-            )
-            for rate in RATES
-        }
-    return found
-
-
-def held_out(split: str, characters: int) -> list[str]:
-    """Whole documents of every domain, up to so many characters each."""
-    import pyarrow.parquet as pq
-
-    table = pq.read_table(BUNDLED / "data" / f"{split}.parquet").to_pydict()
-    found = []
-    for domain in DOMAINS:
-        left = characters
-        for text, name in zip(table["text"], table["domain"], strict=True):
-            if name == domain and left > 0:
-                found.append(text[:left])
-                left -= len(text)
-    return found
 
 
 def mu0_bit_equal() -> bool:
@@ -212,33 +124,69 @@ def compressed_opens(model: Path, folder: Path) -> bool:
         return bool(opened(input_ids=torch.arange(32)[None]).logits.isfinite().all())
 
 
+def trained(setup: Setup) -> list[dict[str, Any]]:
+    """The figures of all cells, in their order."""
+    place = Place(setup.out)
+    if not (place.tokenizer / "tokenizer.json").exists():
+        save_tokenizer(place.tokenizer)
+    cells = setup.cells
+    if setup.finished:
+        cells = [cell for cell in cells if result_file(cell, place).exists()]
+    if setup.workers > 1:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(setup.workers, context, _one_thread) as pool:
+            waiting = {pool.submit(run, cell, setup.size, place): cell for cell in cells}
+            for number, done in enumerate(as_completed(waiting), 1):
+                done.result()
+                print(f"{number} of {len(waiting)}: {waiting[done].name}", flush=True)
+    return [run(cell, setup.size, place) for cell in cells]
+
+
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
 def measure(setup: Setup) -> dict[str, Any]:
     """Everything that the command prints."""
-    cells = []
-    for cell in setup.cells:
-        folder = train(setup, cell)
-        trained = {name: perplexities(setup, folder / name / "model") for name in setup.variants}
-        cells.append(asdict(cell) | {"perplexity_per_word": trained})
-        (setup.out / "cells.json").write_text(json.dumps(cells, indent=1))
-    first = next(iter(setup.cells))
-    model = setup.out / first.name / "momentum" / "model"
+    cells = trained(setup)
+    first = next(cell for cell in setup.cells if cell.variant == "momentum")
+    place = Place(setup.out)
     return {
         "mu0_bit_equal": mu0_bit_equal(),
-        **headline(cells, first, setup.splits[0]),
-        "compressed_opens": compressed_opens(model, setup.out / "run"),
-        "steps": setup.steps,
+        **headline(cells, first, setup.size.splits[0]),
+        "compressed_opens": compressed_opens(place.model(first), setup.out / "run"),
+        "learning_rate": LEARNING_RATE,
+        "planned": len(setup.cells),
+        "setup": asdict(setup) | {"out": None, "workers": None},
+        "machine": machine(),
         "cells": cells,
     }
 
 
+def machine() -> dict[str, str]:
+    """What the numbers may hang on."""
+    import torch
+    import transformers
+
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "processor": platform.machine(),
+    }
+
+
 def headline(cells: Sequence[Mapping[str, Any]], first: Cell, split: str) -> dict[str, float]:
-    """Means over the seeds of the first style and depth."""
-    alike = [c for c in cells if (c["style"], c["layers"]) == (first.style, first.layers)]
+    """Perplexity per word, mean over the seeds of the first style and depth."""
+    same = ("style", "layers", "learning_rate")
+    alike = [c for c in cells if all(c[name] == getattr(first, name) for name in same)]
     found = {}
-    for kind, rate in (("clean", 0.0), ("attacked", HEADLINE_RATE)):
-        for name in ("smoe", "momentum"):
-            values = [c["perplexity_per_word"][name][split][f"{100 * rate:g}"] for c in alike]
-            found[f"{kind}_ppl_{name}"] = sum(values) / len(values)
+    for kind, rate in (("clean", "0"), ("attacked", HEADLINE_RATE)):
+        for name in PAIR:
+            some = [c["text"][split][rate] for c in alike if c["variant"] == name]
+            found[f"{kind}_ppl_{name}"] = mean(each["perplexity_per_word"] for each in some)
     return found
 
 
@@ -246,16 +194,22 @@ def main() -> None:
     """Command line entry point."""
     parser = argparse.ArgumentParser(description="SMoE against MomentumSMoE.")
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, help="of training, instead of 1000 or 240")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, required=True, help="models and figures of all cells")
+    parser.add_argument("--steps", type=int, help="of training, instead of 300")
+    parser.add_argument("--workers", type=int, default=1, help="processes of one thread each")
+    parser.add_argument(
+        "--finished", action="store_true", help="train nothing more: report the cells that are done"
+    )
+    parser.add_argument("--results", type=Path, help="a file for what is printed")
     args = parser.parse_args()
-    import torch
-
-    torch.set_num_threads(args.threads)
-    setup = Setup(args.out.resolve(), threads=args.threads)
+    _one_thread()
+    setup = Setup(args.out.resolve(), workers=args.workers, finished=args.finished)
     setup = quick(setup) if args.quick else setup
-    print(json.dumps(measure(replace(setup, steps=args.steps or setup.steps))))
+    size = replace(setup.size, steps=args.steps or setup.size.steps)
+    found = json.dumps(measure(replace(setup, size=size)))
+    if args.results is not None:
+        args.results.write_text(found + "\n")
+    print(found)
 
 
 if __name__ == "__main__":

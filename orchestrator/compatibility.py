@@ -36,11 +36,12 @@ def check_seq2seq(config: RunConfig, model: Mapping[str, Any]) -> None:
         )
 
 
-def check_target(config: RunConfig, cannot: str | None, corpus: Path) -> None:
+def check_target(config: RunConfig, cannot: str | None, behind: str | None, corpus: Path) -> None:
     """Refuses to refit behind reduced layers what no layer can be run of alone, or without text.
 
     Args:
         cannot: why the model cannot be streamed; None: it can.
+        behind: what layers do with their experts' sum besides scaling it; None: nothing.
         corpus: token blocks of the run whose statistics are used.
 
     Raises:
@@ -52,6 +53,12 @@ def check_target(config: RunConfig, cannot: str | None, corpus: Path) -> None:
     if cannot is not None:
         raise ConfigError(
             f"{target} runs the model one layer at a time, and this one cannot be run so: {cannot}",
+            "set refit.target=original",
+        )
+    if behind is not None:
+        raise ConfigError(
+            f"{target} hands to the experts what the residual stream is off behind them, and in"
+            f" this model that is no sum of the two: {behind}",
             "set refit.target=original",
         )
     if config.calibrate.statistics is not None and not beside(corpus).exists():

@@ -117,19 +117,20 @@ def carry(run: Prepared) -> int:
     config, moe = run.config, run.moe
     batch = config.calibrate.batch_size * config.calibrate.data.sequence_length
     neurons = moe.meta_expert(moe.layers[0]).neurons
-    states = 4 * batch * (16 * moe.hidden_size + moe.top_k * (3 * neurons + moe.hidden_size))
+    handed_on = moe.family.states * moe.hidden_size
+    states = 4 * batch * (16 * handed_on + moe.top_k * (3 * neurons + moe.hidden_size))
     together = config.refit.together or 0
     kept = 16 * moe.hidden_size * samples.sampled_tokens(config.calibrate, moe) * together
     return PROCESS_BYTES + _streamed_bytes(run, "float32") + states + kept
 
 
 def stream_bytes(run: Prepared) -> int:
-    """One residual stream of all sampled blocks of text, in float32; padding not counted.
+    """One residual stream, with any momentum, of all sampled blocks of text, in float32.
 
-    Every block of text is taken for sampled, as nearly all are where the sample is a few tokens of
-    each.
+    Padding is not counted. Every block of text is taken for sampled, as nearly all are where the
+    sample is a few tokens of each.
     """
-    return 4 * run.config.calibrate.data.tokens * run.moe.hidden_size
+    return 4 * run.config.calibrate.data.tokens * run.moe.family.states * run.moe.hidden_size
 
 
 def probe(run: Prepared) -> int:

@@ -15,7 +15,7 @@ from orchestrator.run_folder import RunFolder
 from stages.calibrate.statistics import LayerStatistics, read_statistics
 from stages.corpus.read import local_files
 from stages.export.router import check_router
-from stages.group.config import AnyMethod, Coalesce, Need
+from stages.group.config import AnyMethod, Coalesce, McSmoe, Need
 from stages.group.provide import provide
 from stages.group.task import check_task
 
@@ -27,6 +27,8 @@ def needs(config: RunConfig, method: AnyMethod) -> frozenset[Need]:
         found.add("subsample")
     if isinstance(method, Coalesce) and method.divide != "uniform":
         found.add("probe" if method.divide == "probe" else "subsample")
+    if isinstance(method, Coalesce | McSmoe) and method.weigh_layers == "gain":
+        found.add("gain")
     if config.refit.enabled is True or _merges_by_sample(config, method):
         found.add("inputs")
     if config.compress is not None and config.compress.needs_inputs:

@@ -94,7 +94,9 @@ def prepare(config: RunConfig) -> Prepared:
         check_statistics(config.calibrate.statistics, moe, model, tokenizer)
         samples.layer_inputs(folder, config.calibrate, moe)
     observed = samples.observed(folder, config.calibrate).calibration_tokens
-    check_target(config, not_streamed(moe), observed)
+    check_target(
+        config, not_streamed(moe), moe.family.behind_experts(moe.checkpoint.config), observed
+    )
     check_needs(config, folder, moe, calibration_domains)
     found = _variants(config, moe)
     for variant in found:

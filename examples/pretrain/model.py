@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,24 +67,38 @@ def build(config: MixtralConfig, seed: int) -> MixtralForCausalLM:
     return model.train()
 
 
-def balance_loss(router_logits: tuple[Tensor, ...], top_k: int) -> Tensor:
+def as_it_is(values: Tensor) -> Tensor:
+    """What stands for a mean over ranks where there is one."""
+    return values
+
+
+def balance_loss(
+    router_logits: tuple[Tensor, ...],
+    top_k: int,
+    averaged: Callable[[Tensor], Tensor] = as_it_is,
+) -> Tensor:
     """Switch-style balance loss per layer, averaged over layers; 1 means perfectly uniform.
 
     transformers pools all layers before multiplying, which lets one layer's imbalance hide behind
-    another's; a mean of per-layer losses keeps every expert of every layer alive.
+    another's; a mean of per-layer losses keeps every expert of every layer alive. Shares have no
+    gradient and are `averaged` over ranks, so that the ranks' losses have the mean of all tokens.
     """
     per_layer = []
     for logits in router_logits:  # [T, E]
         probabilities = logits.float().softmax(-1)
         experts = logits.shape[-1]
         chosen = probabilities.topk(top_k, dim=-1).indices.reshape(-1)
-        share = torch.bincount(chosen, minlength=experts) / chosen.numel()  # [E]
+        share = averaged(torch.bincount(chosen, minlength=experts) / chosen.numel())  # [E]
         per_layer.append(experts * (share * probabilities.mean(0)).sum())
     return torch.stack(per_layer).mean()
 
 
-def compute_losses(model: MixtralForCausalLM, tokens: Tensor) -> Losses:
-    """Losses of a batch of token windows [B, S + 1].
+def compute_losses(
+    model: MixtralForCausalLM,
+    tokens: Tensor,
+    averaged: Callable[[Tensor], Tensor] = as_it_is,
+) -> Losses:
+    """Losses of a batch of token windows [B, S + 1]; of a rank's share of one with `averaged`.
 
     Weights stay fp32 for the optimiser and are cast to bf16 for the matmuls, as they will be in the
     saved file. Embedding rows are gathered in fp32, since bf16 sums over repeated tokens are lossy.
@@ -95,7 +110,8 @@ def compute_losses(model: MixtralForCausalLM, tokens: Tensor) -> Losses:
     output = functional_call(model.model, weights, kwargs=kwargs)
     hidden = output.last_hidden_state.flatten(0, 1)  # [B * S, H]
     loss = fused_cross_entropy(hidden, table, tokens[:, 1:].flatten())
-    return Losses(loss, balance_loss(output.router_logits, model.config.num_experts_per_tok))
+    top_k = model.config.num_experts_per_tok
+    return Losses(loss, balance_loss(output.router_logits, top_k, averaged))
 
 
 def save(model: MixtralForCausalLM, out: Path) -> None:

@@ -7,6 +7,8 @@ Every variant starts from the same seed and sees the same batches in the same or
 the `variants` section of the config. Interrupted training continues: variants that are done are
 read, the one in progress goes on from its state. At the end `losses.json` holds training losses and
 held-out perplexities, and `losses.png` shows them.
+
+`--ranks 2` trains on two processes with DeepSpeed: each takes half of every batch (`parallel.py`).
 """
 
 from __future__ import annotations
@@ -14,8 +16,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +29,13 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import model as architecture
+import parallel
 from inspect_model import domain_streams, mean_loss, windows
 from models.momentum.configuration_momentum import MomentumConfig
-from train import Files, Recipe, check_export, train
+from train import Files, Progress, Recipe, check_export, train
 
 SMOOTHED = 20
+Train = Callable[[Mapping[str, Tensor], Recipe, Files, MomentumConfig], Progress]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,17 +70,25 @@ def run_variant(
     name: str,
     comparison: Comparison,
     streams: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
-    folder: Path,
     files: Files,
+    train_it: Train,
+    *,
+    leads: bool = True,
 ) -> dict[str, Any]:
-    """Train one variant, or read what it gave; `streams` are those of training and held-out."""
-    result = folder / name / "result.json"
+    """Train one variant, or read what it gave; `streams` are those of training and held-out.
+
+    Of several ranks only the one that `leads` looks at the result; the others' is empty.
+    """
+    result = files.out.parent / "result.json"
     if result.exists():
         found: dict[str, Any] = json.loads(result.read_text())
         return found
     recipe, config = comparison.recipe, comparison.configs[name]
-    print(f"variant {name}", flush=True)
-    progress = train(streams[0], recipe, files, config)
+    if leads:
+        print(f"variant {name}", flush=True)
+    progress = train_it(streams[0], recipe, files, config)
+    if not leads:
+        return {}
     check_export(files.out, streams[0], recipe, config)
     losses = held_out_losses(files.out, streams[1], recipe.sequence_length)
     made = {
@@ -114,14 +128,33 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, help="instead of the config's")
     parser.add_argument("--held-out-tokens", type=int, default=20_000, help="per domain")
     parser.add_argument("--save-every", type=int, default=100)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2, help="of every rank")
+    parser.add_argument("--ranks", type=int, default=1, help="processes that share each batch")
+    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)  # set by parallel.launch
+    parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def main() -> None:
     """Command line entry point."""
     args = parse_args()
+    if args.ranks > 1 and args.rank is None:
+        sys.exit(parallel.launch(sys.argv, args.ranks))
     torch.set_num_threads(args.threads)
+    train_it: Train = train
+    if args.rank is not None:
+        parallel.enter(args.rank, args.ranks, args.port)
+        train_it = partial(parallel.train, rank=args.rank, ranks=args.ranks)
+    results = compare(args, train_it, leads=not args.rank)
+    if not args.rank:
+        (args.out / "losses.json").write_text(json.dumps(results))
+        draw(results, args.out / "losses.png")
+        shown = {name: found["held_out_perplexity"] for name, found in results.items()}
+        print(json.dumps(shown))
+
+
+def compare(args: argparse.Namespace, train_it: Train, *, leads: bool) -> dict[str, dict[str, Any]]:
+    """Variant -> what it gave."""
     given = {"steps": args.steps, "seed": args.seed}
     changes = {name: value for name, value in given.items() if value is not None}
     comparison = read_config(args.config, **changes)
@@ -135,10 +168,8 @@ def main() -> None:
         (args.out / name).mkdir(parents=True, exist_ok=True)
         state = args.out / name / "state.pt"
         files = Files(args.out / name / "model", args.tokenizer, state, args.save_every)
-        results[name] = run_variant(name, comparison, streams, args.out, files)
-    (args.out / "losses.json").write_text(json.dumps(results))
-    draw(results, args.out / "losses.png")
-    print(json.dumps({name: found["held_out_perplexity"] for name, found in results.items()}))
+        results[name] = run_variant(name, comparison, streams, files, train_it, leads=leads)
+    return results
 
 
 if __name__ == "__main__":

@@ -6,4 +6,5 @@ FAMILY = Family(
     model_type="afmoe",
     router="router.gate.weight",
     router_biases=(RouterTensor("expert_bias"),),
+    behind_experts=lambda _: "a norm stands behind the experts",
 )

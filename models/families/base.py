@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -40,6 +40,14 @@ class Stack:
     width_key: str | None = None  # where it is not the family's
 
 
+def _nothing(_: Mapping[str, Any]) -> None:
+    return None
+
+
+def _no_gains(_: Mapping[str, Any]) -> Mapping[int, float]:
+    return {}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """Declaration of one model family; the defaults are those of most.
@@ -68,6 +76,11 @@ class Family:
     fewest_per_router_group: int = 1
     encoder_decoder: bool = False
     states: int = 1  # vectors of size H that a layer hands on for each token, at most
+    # config.json -> what a layer does with its experts' sum besides scaling it, before it is in the
+    # residual stream, so that no error of the stream can be handed to the experts; None: nothing.
+    behind_experts: Callable[[Mapping[str, Any]], str | None] = _nothing
+    # config.json -> layer -> how much of an error in its output reaches the end; 1 where absent.
+    error_gains: Callable[[Mapping[str, Any]], Mapping[int, float]] = _no_gains
     # Files of the family's classes and what config.json calls them, where transformers has none.
     code: tuple[Path, ...] = ()
     auto_map: Mapping[str, str] = field(default_factory=dict)

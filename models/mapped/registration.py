@@ -39,6 +39,11 @@ def families() -> dict[str, str]:
     raise AssertionError(f"no FAMILIES table in {modeling_source()}")
 
 
+def stems() -> dict[str, str]:
+    """Every model type with a mapped form, and the stem of its own class names."""
+    return families() | {name: stem for name, (stem, _) in _OWN.items()}
+
+
 def config_json(
     base: dict[str, Any],
     experts_per_layer: dict[int, int],
@@ -60,15 +65,15 @@ def config_json(
         UnknownFamily: the base model type has no mapped form.
     """
     family = base.get("model_type", "")
-    stems = families() | {name: stem for name, (stem, _) in _OWN.items()}
-    if family not in stems:
+    known = stems()
+    if family not in known:
         raise UnknownFamily(
-            f"no mapped format for model type {family!r}", f"supported: {', '.join(stems)}"
+            f"no mapped format for model type {family!r}", f"supported: {', '.join(known)}"
         )
     width: Any = expert_width
     if isinstance(expert_width, dict):
         width = {str(layer): n for layer, n in sorted(expert_width.items())}
-    config, model = (f"Coalesce{stems[family]}{kind}" for kind in ("Config", "ForCausalLM"))
+    config, model = (f"Coalesce{known[family]}{kind}" for kind in ("Config", "ForCausalLM"))
     module = code_files(family)[-1].stem
     factors = {str(layer): each for layer, each in sorted((expert_factors or {}).items())}
     return base | {

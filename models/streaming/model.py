@@ -37,7 +37,7 @@ class LayerCall:
     kwargs: dict[str, Any]
 
     def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
-        """[B, S, H] -> [B, S, H]."""
+        """[B, S, H] -> [B, S, H], or what else the family hands on (`StreamedModel.states`)."""
         output = layer(hidden, *self.args, **self.kwargs)
         found: Tensor = output[0] if isinstance(output, tuple) else output
         return found
@@ -45,6 +45,11 @@ class LayerCall:
     def without_hidden(self) -> LayerCall:
         """The call with the shape and type of its hidden states only."""
         return replace(self, hidden=self.hidden.to("meta"))
+
+
+def hidden_of(states: Tensor) -> Tensor:
+    """[B, S, H], the hidden states, of [B, S, H] or [B, S, n, H]."""
+    return states[:, :, 0] if states.ndim == 4 else states
 
 
 def argument_bytes(calls: Sequence[LayerCall]) -> int:
@@ -104,6 +109,15 @@ class StreamedModel:
     def config(self) -> Any:
         """The model's config."""
         return self.model.config
+
+    @property
+    def states(self) -> int:
+        """Vectors of size H that a layer hands on for each token: the hidden state, and momentum.
+
+        Where there are several, layers take and give `[B, S, states, H]`; the hidden state is the
+        first, and `[B, S, H]` stands for it alone, in front of the first layer and behind the last.
+        """
+        return 1 + int(getattr(self.config, "momentum_parts", 0))
 
     def layer_name(self, index: int) -> str:
         """The path of a decoder layer in the model."""

@@ -44,6 +44,8 @@ class LayerStatistics:
     weights: np.ndarray[Any, Any] | None = None
     # Width -> what it costs to give it to this layer alone: measured, or predicted.
     curve: Mapping[int, float] | None = None
+    # How much of an error in the layer's output reaches the end of the model.
+    gain: float = 1.0
     # Experts that must stay as they are.
     protected: tuple[int, ...] = ()
 

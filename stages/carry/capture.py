@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from models.blocks import MoeBlock
 from models.errors import CheckpointError
-from models.streaming.model import LayerCall
+from models.streaming.model import LayerCall, hidden_of
 
 # Rounding of float32 through a layer's last additions, with room; a norm is off by far more.
 _TOLERANCE = 1e-3
@@ -91,9 +91,9 @@ def factor(layer: nn.Module, found: MoeBlock, call: LayerCall, name: str) -> flo
 def _with_output(
     layer: nn.Module, found: MoeBlock, call: LayerCall, make: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """The layer's output with `make(hidden)` for what the experts put out."""
+    """The hidden states behind the layer with `make(hidden)` for what the experts put out."""
     with _forward(found.experts, lambda hidden, _ids, _gates: make(hidden)):
-        return call.run(layer, call.hidden)
+        return hidden_of(call.run(layer, call.hidden))
 
 
 @contextmanager

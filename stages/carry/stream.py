@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -14,16 +15,27 @@ from models.errors import CheckpointError
 
 
 class Stream:
-    """Batches `[B, S, H]` float32, one behind the other."""
+    """Batches `[B, S, H]` float32, one behind the other; `[B, S, n, H]` of `states` n > 1.
 
-    def __init__(self, path: Path, shapes: Sequence[tuple[int, int]], hidden: int) -> None:
+    Of several states the hidden one is the first. Where a batch comes without the others, before
+    the first layer and behind the last, they are zero.
+    """
+
+    def __init__(
+        self, path: Path, shapes: Sequence[tuple[int, int]], hidden: int, states: int = 1
+    ) -> None:
         self.path = path
-        self._shapes = [(rows, length, hidden) for rows, length in shapes]
-        sizes = [4 * rows * length * hidden for rows, length in shapes]
+        width = (hidden,) if states == 1 else (states, hidden)
+        self._shapes = [(*shape, *width) for shape in shapes]
+        sizes = [4 * math.prod(shape) for shape in self._shapes]
         self._starts, self._total = [0, *accumulate(sizes)], sum(sizes)
 
     def write(self, number: int, states: Tensor) -> None:
         """One batch, over what is there."""
+        whole = self._shapes[number]
+        if states.ndim < len(whole):
+            rest = states.new_zeros(*whole[:2], whole[2] - 1, whole[3])
+            states = torch.cat([states.unsqueeze(2), rest], dim=2)
         raw = states.float().contiguous().view(torch.uint8).numpy(force=True)
         self.path.touch()
         with reporting_full_disk(self.path), self.path.open("r+b") as file:
@@ -31,7 +43,7 @@ class Stream:
             file.write(raw.data)
 
     def read(self, number: int) -> Tensor:
-        """`[B, S, H]` on the CPU.
+        """`[B, S, H]` or `[B, S, n, H]` on the CPU.
 
         Raises:
             CheckpointError: the file is not there, or not whole.

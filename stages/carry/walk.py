@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from models.blocks import MoeBlock, find_block
 from models.moe import MoeCheckpoint
-from models.streaming.model import LayerCall, argument_bytes, open_streamed
+from models.streaming.model import LayerCall, argument_bytes, hidden_of, open_streamed
 from stages.carry.blocks import LayerBlock
 from stages.carry.capture import Seen, capturing, factor
 from stages.carry.reduced import open_reduced
@@ -159,7 +159,7 @@ class Walk:
         return self.compressed if index == self._block.start else self._drifted
 
     def _run(self, layer: nn.Module, index: int, number: int, source: Stream) -> Tensor:
-        """[B, S, H] behind a layer."""
+        """What is behind a layer: [B, S, H], or with momentum [B, S, 1 + n, H]."""
         hidden = source.read(number).to(self._model.device)
         return self._calls(number)[index].run(layer, hidden)
 
@@ -185,11 +185,12 @@ class Walk:
         return {"input_ids": ids, "attention_mask": mask}
 
     def _stream(self, path: Path) -> Stream:
-        return Stream(path, self._text.shapes, self._moe.hidden_size)
+        return Stream(path, self._text.shapes, self._moe.hidden_size, self._model.states)
 
 
-def _picked(hidden: Tensor, rows: Tensor) -> Tensor:
-    """[n, H] of [B, S, H], on the CPU."""
+def _picked(states: Tensor, rows: Tensor) -> Tensor:
+    """[n, H] hidden states of [B, S, H] or [B, S, 1 + n, H], on the CPU."""
+    hidden = hidden_of(states)
     return hidden.reshape(-1, hidden.shape[-1])[rows].float().cpu()
 
 

@@ -22,7 +22,7 @@ from models.errors import CheckpointError
 from models.expert import Expert
 from models.factored import Axis, Factored
 from models.families import Family, find_family
-from models.mapped.registration import families
+from models.mapped.registration import stems
 from stages.export.stage import is_companion, target_name
 
 _PREFIX = "coalesce_"
@@ -49,7 +49,7 @@ class Mapped:
         checkpoint = Checkpoint.open(folder)
         kind = str(checkpoint.config.get("model_type", ""))
         name = kind.removeprefix(_PREFIX)
-        if not kind.startswith(_PREFIX) or name not in families():
+        if not kind.startswith(_PREFIX) or name not in stems():
             raise CheckpointError(
                 f"{folder} is no mapped checkpoint: its model type is {kind!r}",
                 "give the folder that a run with export.format=mapped wrote",
@@ -61,9 +61,11 @@ class Mapped:
                 "narrow with export.format=native, which finds that out",
             )
         kept = {key: value for key, value in checkpoint.config.items() if key not in _OWN}
-        stem = f"{families()[name]}ForCausalLM"
-        config = kept | {"model_type": name, "architectures": [stem]}
-        return cls(checkpoint, find_family(config), config)
+        config = kept | {"model_type": name, "architectures": [f"{stems()[name]}ForCausalLM"]}
+        family = find_family(config)
+        if family.auto_map:
+            config["auto_map"] = dict(family.auto_map)
+        return cls(checkpoint, family, config)
 
     @property
     def layers(self) -> list[int]:
@@ -164,6 +166,8 @@ def _write(mapped: Mapped, folder: Path) -> int:
     for path in sorted(mapped.checkpoint.folder.iterdir()):
         if is_companion(path):
             shutil.copyfile(path, folder / path.name)
+    for path in mapped.family.code:
+        shutil.copyfile(path, folder / path.name)
     return total
 
 

@@ -13,7 +13,8 @@ from stages.settings import Settings
 
 VERSION = 1
 
-Need = Literal["subsample", "router", "weights", "inputs", "probe"]
+Need = Literal["subsample", "router", "weights", "inputs", "probe", "gain"]
+WeighLayers = Literal["none", "gain"]
 
 
 class Budget(Settings):
@@ -100,6 +101,9 @@ class Coalesce(_Method):
     # Neurons per layer. uniform: the same. probe, predicted: those that cost least together, by the
     # measured KL of every layer alone, or by predicted errors; export.format=mapped holds them.
     divide: Literal["uniform", "probe", "predicted"] = "uniform"
+    # gain: with divide=predicted, costs times the square of what becomes of an error by the end of
+    # the model. It differs between layers where they have momentum, and is 1 in other families.
+    weigh_layers: WeighLayers = "none"
 
     @model_validator(mode="after")
     def _all_layers(self) -> Coalesce:
@@ -107,6 +111,11 @@ class Coalesce(_Method):
             raise ValueError("coalesce gives all layers one width: skip_layers must be empty")
         if self.protect_super_experts:
             raise ValueError("coalesce narrows every expert: protect_super_experts has no meaning")
+        if self.weigh_layers == "gain" and self.divide != "predicted":
+            raise ValueError(
+                "weigh_layers=gain weighs predicted errors: set divide=predicted (what probe"
+                " measures at the end of the model holds the gain already)"
+            )
         return self
 
     @property
@@ -129,6 +138,9 @@ class McSmoe(_Method):
     # balanced models, and the only one that the native format can hold.
     scope: Literal["global", "uniform"] = "uniform"
     min_per_layer: int = Field(default=1, ge=1)
+    # gain: with scope=global, frequencies times what becomes of an error by the end of the model
+    # (momentum over depth makes it larger in early layers; 1 in other families).
+    weigh_layers: WeighLayers = "none"
 
     @model_validator(mode="before")
     @classmethod
@@ -141,6 +153,11 @@ class McSmoe(_Method):
     def _paper_as_printed(self) -> McSmoe:
         if self.preset == "paper" and (self.scope != "global" or self.min_per_layer != 1):
             raise ValueError("preset=paper has scope=global and min_per_layer=1")
+        if self.weigh_layers == "gain" and (self.scope, self.preset) != ("global", "safe"):
+            raise ValueError(
+                "weigh_layers=gain divides one budget between layers: set scope=global and"
+                " preset=safe"
+            )
         return self
 
     @property

@@ -51,6 +51,9 @@ def _provided(
     if "router" in needs:
         rows = moe.read_router(layer).double().numpy(force=True)
         statistics = replace(statistics, router=rows)
+    if "gain" in needs:
+        gains = moe.family.error_gains(moe.checkpoint.config)
+        statistics = replace(statistics, gain=gains.get(layer, 1.0))
     if "weights" in needs:
         experts = moe.read_experts(layer, list(range(moe.num_experts)))
         statistics = replace(statistics, weights=input_distances(experts))

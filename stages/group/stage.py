@@ -65,6 +65,8 @@ def _narrowed(
         return [replace(keep_all(each), width=width) for each in statistics]
     total = kept_steps(config.budget, experts, sizes.widths, multiple, len(statistics))
     costs = [steps(curve_of(each), sizes.widths.neurons, multiple) for each in statistics]
+    if config.weigh_layers == "gain":  # costs are squared errors
+        costs = [each.gain**2 * cost for each, cost in zip(statistics, costs, strict=True)]
     return [
         replace(keep_all(each), width=count * multiple)
         for each, count in zip(statistics, divide(costs, total), strict=True)

@@ -26,10 +26,10 @@ TINY = {
 }
 
 
-def command(folder: Path, steps: int, **variants: dict[str, Any]) -> list[str]:
+def command(folder: Path, steps: int, per_domain: int = 1, **variants: dict[str, Any]) -> list[str]:
     """Writes the config of a tiny comparison; the words that run it."""
     found = yaml.safe_load((EXAMPLES / "pretrain" / "variants.yaml").read_text())
-    small = {"per_domain": 1, "sequence_length": 16, "warmup": 2}
+    small = {"per_domain": per_domain, "sequence_length": 16, "warmup": 2}
     config = found | {"recipe": found["recipe"] | small, "model": found["model"] | TINY}
     if variants:
         config["variants"] = variants

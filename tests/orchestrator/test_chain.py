@@ -30,6 +30,7 @@ from stages.inputs.read import LayerInputs
 from stages.refit.layer import target_of
 from stages.transform.stage import TransformUnit
 from stages.unit import execute
+from tests import tiny_momentum
 from tests.orchestrator.tiny_run import Inputs, snapshot, write_inputs
 from tests.orchestrator.whole_models import Oracle
 from tests.tiny import save_tiny
@@ -45,7 +46,11 @@ MAPPED = {"format": "mapped"}
 def prepared(root: Path, family: str = "mixtral", layers: int = 3, **changes: Any) -> Prepared:
     """A run on a random checkpoint, with sixty documents of text of sixty words."""
     inputs = write_inputs(root)
-    model = save_tiny(root / family, family, num_hidden_layers=layers)
+    if family == "momentum_smoe":
+        model = root / family
+        tiny_momentum.model(num_hidden_layers=layers).save_pretrained(model)
+    else:
+        model = save_tiny(root / family, family, num_hidden_layers=layers)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(inputs.model / name, model / name)
     text = [{"path": str(inputs.text), "domain": "prose"}]
@@ -109,6 +114,7 @@ CASES = {
     "fewer experts behind their own router": ("qwen3_moe", REAP, {}, "sequential", 1),
     "merged experts behind a map, two at once": ("mixtral", MC_SMOE, MAPPED, "blockwise", 2),
     "merged experts behind a map": ("qwen2_moe", MC_SMOE, MAPPED, "sequential", 1),
+    "with momentum": ("momentum_smoe", MC_SMOE, MAPPED, "sequential", 1),
 }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from models.blocks import find_blocks
+from models.streaming.model import hidden_of
 
 
 @dataclass
@@ -57,8 +58,7 @@ class Oracle:
 
         with hooked(model.base_model.layers[layer].register_forward_hook(remember)):
             model(input_ids=ids, use_cache=False)
-        states: Tensor = found[0]
-        return states.reshape(ids.shape[1], -1)
+        return hidden_of(found[0]).reshape(ids.shape[1], -1)
 
 
 @contextmanager

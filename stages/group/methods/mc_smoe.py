@@ -23,7 +23,10 @@ def decide(
     """Groups around dominant experts; see `base.Decide`."""
     if config.scope == "uniform":
         return evenly(statistics, total, group_layer)
-    frequency = {each.layer: each.frequency for each in statistics}
+    weighed = config.weigh_layers == "gain"
+    frequency = {
+        each.layer: each.frequency * (each.gain if weighed else 1.0) for each in statistics
+    }
     if config.preset == "paper":
         kept = thresholded(total, frequency)
     else:

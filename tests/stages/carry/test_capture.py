@@ -17,7 +17,7 @@ from models.streaming.model import LayerCall, StreamedModel
 from stages.carry.capture import capturing, factor
 from tests.tiny_families import FAMILIES, ragged, save_family
 
-# Families that put a norm behind their experts, or keep momentum of what they add up to.
+# Families that put a norm behind their experts (momentum: in the block of the released code).
 NORMED = {"Afmoe", "Momentum"}
 
 
