@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.uncurl.cells import PLAIN, TWO_STAGE
 from benchmarks.uncurl.recipes import GROUPINGS, SCRATCH
-from benchmarks.uncurl.summary import chosen, mean, spread
+from benchmarks.uncurl.summary import chosen, differences, mean, spread
 
 RECIPES = {"uncurl, paper": "--", "uncurl, remapped": "-"}
 
@@ -33,10 +33,8 @@ def _at_once(axes: Axes, found: Mapping[str, Any], task: str) -> None:
     (base,) = chosen(found["rows"], tuning=PLAIN, recipe=SCRATCH, experts=experts)
     for recipe in GROUPINGS:
         rows = sorted(chosen(plain, recipe=recipe, experts=experts), key=lambda r: -r["kept"])
-        rises = [
-            [a - b for a, b in zip(r["losses"]["before"][task], base["losses"]["before"][task])]
-            for r in rows
-        ]
+        trained = base["losses"]["before"][task]
+        rises = [differences(row["losses"]["before"][task], trained) for row in rows]
         factors = [experts // row["kept"] for row in rows]
         errors = [spread(rise) or 0.0 for rise in rises]
         axes.errorbar(factors, [mean(r) for r in rises], errors, marker="o", ms=3, label=recipe)

@@ -39,6 +39,11 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
+def differences(values: Sequence[float], base: Sequence[float]) -> list[float]:
+    """Seed by seed, as far as both were measured: the spread of the models is not in them."""
+    return [value - other for value, other in zip(values, base, strict=False)]
+
+
 def spread(values: Sequence[float]) -> float | None:
     """Standard error of the mean; None from one seed."""
     if len(values) < 2:

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.uncurl.cells import PLAIN, ROUTER_ONLY, TWO_STAGE
 from benchmarks.uncurl.recipes import EVERYTHING, GROUPINGS, ROUTERS, SCRATCH, TUNED
-from benchmarks.uncurl.summary import Row, chosen, mean, spread
+from benchmarks.uncurl.summary import Row, chosen, differences, mean, spread
 
 # What stands between these lines of a page comes from the file.
 MARKS = ("<!-- uncurl: begin -->\n", "<!-- uncurl: end -->\n")
@@ -166,8 +166,7 @@ def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def _rise(values: Sequence[float], base: Sequence[float], signed: bool = False) -> str:
-    """Seed by seed: the spread of the models themselves is not in it."""
-    return plus_minus([a - b for a, b in zip(values, base, strict=False)], signed)
+    return plus_minus(differences(values, base), signed)
 
 
 def _named(statistics: str) -> str:
