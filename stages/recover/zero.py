@@ -1,0 +1,23 @@
+"""AdamW with values, gradients and moments dealt out to the ranks by DeepSpeed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stages.recover.config import DeepSpeedConfig, RecoverConfig
+from stages.recover.plain import adamw
+from stages.recover.ranks import Ranks
+from stages.recover.state import Named
+
+
+class Zero:
+    """See `stages.recover.plain.Optimiser`. The group must have been joined."""
+
+    def __init__(
+        self, model: Any, trained: Mapping[str, nn.Parameter], config: RecoverConfig, ranks: Ranks
+    ) -> None:
+        raise NotImplementedError
