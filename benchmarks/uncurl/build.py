@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -21,7 +22,6 @@ from orchestrator.preflight import Prepared, Variant, prepare
 from orchestrator.run import observe
 from orchestrator.run_folder import MAIN, RunFolder
 from stages.calibrate.statistics import read_statistics
-from stages.export.formats import FORMATS
 from stages.export.layout import file_layouts
 from stages.export.stage import assemble
 from stages.group.decision import LayerDecision
@@ -50,8 +50,11 @@ def observed(setup: Setup, model: Path, folder: Path, seed: int) -> Prepared:
     return replace(run, config=run.config.model_copy(update={"calibrate": reuse}))
 
 
-def reduced(run: Prepared, cell: Cell, folder: Path) -> tuple[Any, list[LayerDecision]]:
-    """The reduced model, opened from the folder that was written and is removed again."""
+def reduced(run: Prepared, cell: Cell, folder: Path) -> tuple[Path, list[LayerDecision]]:
+    """Writes the reduced model into `folder`; returns its own folder in there, and what was done.
+
+    Without the reload gate: it is opened anyway.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     config = validate(run.config.model_dump(mode="json") | sections(cell) | {"run_dir": folder})
     variant = Variant(MAIN, config.group, config.written)
@@ -65,10 +68,13 @@ def reduced(run: Prepared, cell: Cell, folder: Path) -> tuple[Any, list[LayerDec
     units = written(run, variant, decisions, units, _here)
     (folder / "output").mkdir()
     assemble(pipeline.export_unit(run, variant, decisions, layouts, units), folder / "output")
-    code = FORMATS[variant.export.format].needs_code
-    model = load_model(folder / "output", "float32", trust_remote_code=code)
-    shutil.rmtree(folder)
-    return model, decisions
+    return folder / "output", decisions
+
+
+def opened(folder: Path) -> Any:
+    """A model in float32, with the modeling file beside it where there is one."""
+    code = "auto_map" in json.loads((folder / "config.json").read_text())
+    return load_model(folder, "float32", trust_remote_code=code)
 
 
 def sections(cell: Cell) -> dict[str, Any]:

@@ -12,17 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.uncurl.build import observed, reduced
+from benchmarks.uncurl.build import observed, opened, reduced
 from benchmarks.uncurl.cells import PLAIN, ROUTER_ONLY, Cell
 from benchmarks.uncurl.planted import adjusted_rand, clone
 from benchmarks.uncurl.recipes import EVERYTHING, GROUPINGS, SCRATCH
 from benchmarks.uncurl.setup import Setup
 from benchmarks.uncurl.text import windows
 from benchmarks.uncurl.trained import model_folder
-from benchmarks.uncurl.tune import mean_loss, routers_alone, two_stages
+from benchmarks.uncurl.tune import mean_loss, routers_alone, two_stages, write_corpus
 from models.atomic import write_json
 from orchestrator.preflight import Prepared
-from stages.model import load_model
 
 COPIES = 4
 NOISE = 1e-3  # of the router's rows
@@ -54,8 +53,9 @@ class Measurer:
         """The file of a cell."""
         return self.setup.out / "cells" / f"{cell.slug}.json"
 
-    def losses(self, model: Any) -> dict[str, float]:
+    def losses(self, folder: Path) -> dict[str, float]:
         """Cross-entropy of every task's held-out text, nats per token."""
+        model = opened(folder)
         return {task: mean_loss(model, self._held_out(task)) for task in self.setup.tasks}
 
     def run(self, seed: int, experts: int) -> Prepared:
@@ -84,7 +84,7 @@ class Measurer:
         run = observed(self.setup, folder / "model", folder / "observed", seed)
         found: dict[str, Any] = {"experts": experts, "copies": COPIES, "noise": NOISE}
         for name, path in (("original", source), ("copied", folder / "model")):
-            found[name] = {"losses": self.losses(load_model(path, "float32"))}
+            found[name] = {"losses": self.losses(path)}
         labels = list(range(experts)) * COPIES
         for recipe in GROUPINGS:
             cell = Cell(seed, experts * COPIES, experts, recipe, EVERYTHING)
@@ -96,28 +96,27 @@ class Measurer:
         return found
 
     def _measure(self, cell: Cell) -> dict[str, Any]:
+        work = self.setup.out / "work" / cell.slug
         if cell.recipe == SCRATCH:
-            model = load_model(model_folder(self.setup, cell.seed, cell.experts), "float32")
-            facts: dict[str, Any] = {}
+            model, facts = model_folder(self.setup, cell.seed, cell.experts), {}
         else:
-            work = self.setup.out / "work" / cell.slug
-            model, decisions = reduced(self.run(cell.seed, cell.experts), cell, work)
+            model, decisions = reduced(self.run(cell.seed, cell.experts), cell, work / "reduced")
             facts = {"sizes": [sorted(map(len, each.members))[::-1] for each in decisions]}
-        return facts | {"losses": self._traced(model, cell)}
+        losses = self._traced(model, cell, work / "tuned")
+        shutil.rmtree(work, ignore_errors=True)
+        return facts | {"losses": losses}
 
-    def _traced(self, model: Any, cell: Cell) -> dict[str, dict[str, float]]:
+    def _traced(self, model: Path, cell: Cell, work: Path) -> dict[str, dict[str, float]]:
         """Losses per task at the marks of the cell's tuning."""
-
-        def measure() -> dict[str, float]:
-            return self.losses(model)
-
         setup = self.setup
         if cell.tuning == PLAIN:
-            return {"before": measure()}
-        rows = self._text("calibration", cell.task, TRAINING_TOKENS)
+            return {"before": self.losses(model)}
+        corpus = work / "corpus.arrow"
+        write_corpus(corpus, cell.task, self._text("calibration", cell.task, TRAINING_TOKENS))
         if cell.tuning == ROUTER_ONLY:
-            return routers_alone(model, rows, setup.tuning, setup.router_steps, measure)
-        return two_stages(model, rows, setup.tuning, measure)
+            marks = setup.router_steps
+            return routers_alone(model, corpus, setup.tuning, marks, self.losses, work)
+        return two_stages(model, corpus, setup.tuning, self.losses, work)
 
     def _held_out(self, task: str) -> Tensor:
         return self._text("test", task, self.setup.evaluated)

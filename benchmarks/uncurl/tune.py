@@ -1,17 +1,27 @@
-"""Training after a reduction, as the paper has it: the routers alone, then everything."""
+"""Training after a reduction, as the paper has it: the routers alone, then everything.
+
+By the product's recover stage, without a teacher: cross-entropy on the task's training text.
+"""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
+import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
 from benchmarks.uncurl.setup import Tuning
-from stages.recover.loss import recovery_loss
+from models.arrow import write_table
+from stages.recover.api import recover
+from stages.recover.config import RecoverConfig
 
 BATCH = 16
+# A folder to losses per task.
+Measure = Callable[[Path], dict[str, float]]
 
 
 @torch.inference_mode()
@@ -27,79 +37,55 @@ def mean_loss(model: Any, rows: Tensor) -> float:
     return total / rows[:, 1:].numel()
 
 
-def routers(model: nn.Module) -> list[nn.Parameter]:
-    """Weights of all routers."""
-    return [weight for name, weight in model.named_parameters() if name.endswith("gate.weight")]
+def write_corpus(path: Path, domain: str, rows: Tensor) -> None:
+    """Windows [W, S + 1] as the blocks of a corpus file."""
+    blocks = pa.array(rows.tolist(), pa.list_(pa.int32()))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_table(path, pa.table({"domain": pa.array([domain] * len(rows)), "tokens": blocks}))
 
 
-def stage(
-    model: Any,
-    weights: Sequence[nn.Parameter],
-    rows: Tensor,
-    steps: Sequence[int],
-    tuning: Tuning,
-    rate: float,
-    last: int,
-) -> float:
-    """AdamW on `weights` alone, its rate falling to zero at step `last`; returns the last loss.
-
-    Args:
-        rows: [W, S + 1] training windows.
-        steps: numbers of the steps to be made; a step's batch depends on its number alone.
-    """
-    for weight in model.parameters():
-        weight.requires_grad_(False)
-    for weight in weights:
-        weight.requires_grad_(True)
-    optimizer = torch.optim.AdamW(weights, lr=rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    model.train()
-    loss = torch.zeros(())
-    for number, step in enumerate(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = rate * (last - number) / last
-        batch = rows[batch_at(len(rows), tuning.batch, step)]
-        logits = model(input_ids=batch[:, :-1], use_cache=False).logits.flatten(0, 1)
-        loss, _ = recovery_loss(logits, batch[:, 1:].flatten(), None, alpha=0.0, temperature=1.0)
-        loss.backward()  # type: ignore[no-untyped-call]  # torch does not type it
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    model.eval()
-    return float(loss.detach())
-
-
-def batch_at(count: int, size: int, step: int) -> Tensor:
-    """[size] indices of the windows of a step."""
-    return torch.randint(count, (size,), generator=torch.Generator().manual_seed(step))
+def config_of(tuning: Tuning, mode: Literal["router", "full"], steps: int) -> RecoverConfig:
+    """One stage; its rate rises for a tenth of the steps and falls to zero in a line."""
+    rate = tuning.router_rate if mode == "router" else tuning.full_rate
+    return RecoverConfig(
+        mode=mode,
+        alpha=0.0,
+        steps=steps,
+        batch=tuning.batch,
+        micro_batch=tuning.batch,
+        learning_rate=rate,
+        schedule="linear",
+        warmup=steps // 10,
+    )
 
 
 def two_stages(
-    model: Any, rows: Tensor, tuning: Tuning, measure: Callable[[], dict[str, float]]
+    model: Path, corpus: Path, tuning: Tuning, measure: Measure, work: Path
 ) -> dict[str, dict[str, float]]:
-    """Losses before, after the routers' stage, and after all, as `measure` gives them."""
-    found = {"before": measure()}
-    first, second = tuning.router_steps, tuning.full_steps
-    stage(model, routers(model), rows, range(first), tuning, tuning.router_rate, first)
-    found["routers"] = measure()
-    later = range(first, first + second)
-    stage(model, list(model.parameters()), rows, later, tuning, tuning.full_rate, second)
-    return found | {"tuned": measure()}
+    """Losses before, after the routers' stage, and after all; `model` is left as it is."""
+    found = {"before": measure(model)}
+    routers, everything = work / "routers", work / "everything"
+    recover(model, routers, config_of(tuning, "router", tuning.router_steps), corpus)
+    found["routers"] = measure(routers)
+    recover(routers, everything, config_of(tuning, "full", tuning.full_steps), corpus)
+    found["tuned"] = measure(everything)
+    shutil.rmtree(work)
+    return found
 
 
 def routers_alone(
-    model: Any,
-    rows: Tensor,
+    model: Path,
+    corpus: Path,
     tuning: Tuning,
     marks: Sequence[int],
-    measure: Callable[[], dict[str, float]],
+    measure: Measure,
+    work: Path,
 ) -> dict[str, dict[str, float]]:
-    """Losses after each number of steps in `marks`, ascending, at a constant rate."""
-    found, done = {}, 0
-    for mark in marks:
-        steps = range(done, mark)
+    """Losses after training the routers for each number of steps, every time from the start."""
+    found = {}
+    for steps in marks:
         if steps:
-            # The optimiser starts anew at a mark; it forgets its means, which 20 steps rebuild.
-            stage(model, routers(model), rows, steps, tuning, tuning.router_rate, 10**9)
-        found[str(mark)] = measure()
-        done = mark
+            recover(model, work / str(steps), config_of(tuning, "router", steps), corpus)
+        found[str(steps)] = measure(work / str(steps) if steps else model)
+    shutil.rmtree(work, ignore_errors=True)
     return found
