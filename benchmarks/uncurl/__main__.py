@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.pages import show_or_put
-from benchmarks.uncurl.cells import Cell, cells
+from benchmarks.uncurl.cells import PLAIN, ROUTER_ONLY, TWO_STAGE, Cell, cells
 from benchmarks.uncurl.figure import draw
 from benchmarks.uncurl.measure import Measurer
 from benchmarks.uncurl.setup import Setup, quick
@@ -29,16 +29,20 @@ from models.atomic import write_json
 from orchestrator.run_folder import versions
 
 
-def measure(setup: Setup) -> None:
-    """Everything that is missing, the cheapest first."""
-    for seed in setup.seeds:
-        train(setup, seed)
+def measure(setup: Setup, only: str | None) -> None:
+    """Everything that is missing, the cheapest first.
+
+    Args:
+        only: a kind of tuning; then nothing is trained, and copies are not looked for.
+    """
     measurer = Measurer(setup)
-    for seed in setup.seeds:
+    for seed in setup.seeds if only is None else ():
+        train(setup, seed)
         measurer.planted(seed)
     for cell in cells(setup):
-        found = measurer.cell(cell)
-        print(json.dumps({"cell": cell.slug, "losses": found["losses"]}), file=sys.stderr)
+        if only in (None, cell.tuning):
+            found = measurer.cell(cell)
+            print(json.dumps({"cell": cell.slug, "losses": found["losses"]}), file=sys.stderr)
 
 
 def held(setup: Setup) -> dict[str, Any]:
@@ -58,13 +62,29 @@ def held(setup: Setup) -> dict[str, Any]:
     }
 
 
+def _changed(setup: Setup, options: argparse.Namespace) -> Setup:
+    """The setup with what the command line asks for."""
+    changes: dict[str, Any] = {
+        name: tuple(value)
+        for name in ("seeds", "sizes")
+        if (value := getattr(options, name)) is not None
+    }
+    if options.steps is not None:
+        changes["recipe"] = {**setup.recipe, "steps": options.steps}
+    return replace(setup, **changes)
+
+
 def main() -> None:
     """Command line entry point; the last line is JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="tiny models, nothing is learnt")
     parser.add_argument("--out", type=Path, help="where models and cells are kept")
     parser.add_argument("--seeds", type=int, nargs="+", help="of the models")
+    parser.add_argument("--steps", type=int, help="of training, instead of those of sizes.yaml")
+    parser.add_argument("--sizes", type=int, nargs="+", help="numbers of experts that are trained")
     parser.add_argument("--threads", type=int, default=1)
+    kinds = (PLAIN, ROUTER_ONLY, TWO_STAGE)
+    parser.add_argument("--only", choices=kinds, help="of the models that are there, these alone")
     parser.add_argument("--held", action="store_true", help="measure nothing more")
     parser.add_argument("--table", type=Path, help="print the tables of a file, run nothing")
     parser.add_argument("--page", type=Path, help="with --table: write them between its marks")
@@ -80,9 +100,9 @@ def main() -> None:
         parser.error("--out or --table is needed")
     setup = Setup(options.out.absolute(), threads=options.threads)
     setup = quick(setup) if options.quick else setup
-    setup = replace(setup, seeds=tuple(options.seeds)) if options.seeds else setup
+    setup = _changed(setup, options)
     if not options.held:
-        measure(setup)
+        measure(setup, options.only)
     found = held(setup)
     write_json(setup.out / "uncurl.json", found)
     print(json.dumps(found))

@@ -45,7 +45,8 @@ def observed(setup: Setup, model: Path, folder: Path, seed: int) -> Prepared:
             }
         )
     )
-    statistics = observe(run)
+    # One program may reduce while another one does: a finished observation is not locked again.
+    statistics = run.folder.statistics if run.folder.statistics.exists() else observe(run)
     reuse = run.config.calibrate.model_copy(update={"statistics": statistics})
     return replace(run, config=run.config.model_copy(update={"calibrate": reuse}))
 

@@ -77,7 +77,7 @@ def _tuned(setup: Setup, seed: int) -> Iterator[Cell]:
     task = setup.tasks[0]
     for size in setup.sizes:
         yield Cell(seed, size, size, SCRATCH, task, TWO_STAGE)
-    for experts, numbers in setup.kept.items():
-        for kept, recipe in product(numbers, TUNED):
-            if kept in setup.sizes:
+    for recipe in TUNED:
+        for experts, numbers in setup.kept.items():
+            for kept in (each for each in numbers if each in setup.sizes):
                 yield Cell(seed, experts, kept, recipe, task, TWO_STAGE)

@@ -51,8 +51,8 @@ SCRATCH = "scratch"
 TUNED = (
     "uncurl, paper",
     "uncurl, remapped",
-    "frequency merge",
     "frequency prune",
-    "mc_smoe",
     "random clusters",
+    "frequency merge",
+    "mc_smoe",
 )

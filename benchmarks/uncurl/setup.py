@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 PRETRAIN = REPOSITORY / "examples" / "pretrain"
 BUNDLED = REPOSITORY / "examples" / "bundled"
@@ -55,9 +57,17 @@ class Setup:
         largest = max(self.kept)
         return largest, max(largest // 4, min(self.kept[largest]))
 
+    def training(self) -> dict[str, Any]:
+        """`sizes.yaml` with what is changed here."""
+        config: dict[str, Any] = yaml.safe_load((PRETRAIN / "sizes.yaml").read_text("utf-8"))
+        config["recipe"] |= dict(self.recipe)
+        config["model"] |= dict(self.model)
+        return config | {"experts": list(self.sizes)}
+
     def settings(self) -> dict[str, Any]:
         """For JSON: everything but where it lies."""
-        return {name: value for name, value in asdict(self).items() if name != "out"}
+        found = {name: value for name, value in asdict(self).items() if name != "out"}
+        return found | {name: self.training()[name] for name in ("recipe", "model")}
 
 
 def quick(setup: Setup) -> Setup:

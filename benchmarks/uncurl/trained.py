@@ -31,8 +31,7 @@ def train(setup: Setup, seed: int) -> None:
         return
     folder = setup.out / f"seed{seed}" / "models"
     folder.mkdir(parents=True, exist_ok=True)
-    config = config_of(setup)
-    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    (folder / "config.yaml").write_text(yaml.safe_dump(setup.training(), sort_keys=False))
     words = {
         "config": folder / "config.yaml",
         "data": data_folder(setup),
@@ -59,12 +58,3 @@ def held_out(setup: Setup) -> list[dict[str, Any]]:
             losses = {name: round(loss, 4) for name, loss in found["held_out_loss"].items()}
             made.append({"seed": seed, "experts": size, "held_out_loss": losses})
     return made
-
-
-def config_of(setup: Setup) -> dict[str, Any]:
-    """`sizes.yaml` with what the setup changes."""
-    config: dict[str, Any] = yaml.safe_load((PRETRAIN / "sizes.yaml").read_text(encoding="utf-8"))
-    config["recipe"] |= dict(setup.recipe)
-    config["model"] |= dict(setup.model)
-    config["experts"] = list(setup.sizes)
-    return config
