@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.uncurl.cells import PLAIN, TWO_STAGE
 from benchmarks.uncurl.recipes import GROUPINGS, SCRATCH
-from benchmarks.uncurl.summary import chosen, differences, mean, spread
+from benchmarks.uncurl.summary import Values, chosen, differences, mean, spread
 
 RECIPES = {"uncurl, paper": "--", "uncurl, remapped": "-"}
 
@@ -65,7 +65,7 @@ def _tuned(axes: Axes, found: Mapping[str, Any], task: str) -> None:
     axes.legend(fontsize=7)
 
 
-def _line(axes: Axes, points: list[tuple[int, list[float]]], style: str, label: str) -> None:
+def _line(axes: Axes, points: list[tuple[int, Values]], style: str, label: str) -> None:
     if points:
         values = [mean(each) for _, each in points]
         errors = [spread(each) or 0.0 for _, each in points]

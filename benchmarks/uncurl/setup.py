@@ -40,7 +40,7 @@ class Setup:
     sizes: tuple[int, ...] = (8, 32, 16, 4)
     tasks: tuple[str, ...] = ("code_python", "legal")
     tokens: int = 40_960  # observed, all domains alike
-    evaluated: int = 8192  # per task
+    evaluated: int = 4096  # per task
     tuning: Tuning = Tuning()
     # Routers alone, for the comparison of routers.
     router_steps: tuple[int, ...] = (0, 20, 100)

@@ -10,12 +10,14 @@ from benchmarks.uncurl.cells import TWO_STAGE, Cell
 from benchmarks.uncurl.recipes import SCRATCH
 
 Row = Mapping[str, Any]
+# Seed -> number.
+Values = Mapping[str, float]
 # What may be lost against a model that was trained with so few experts, in nats.
 MARGINS = (0.0, 0.02, 0.05)
 
 
 def rows_of(found: Iterable[tuple[Cell, Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """One row per cell but for its seed; `losses[mark][task]` lists the seeds' values in order."""
+    """One row per cell but for its seed; `losses[mark][task]` has a value by seed (as text)."""
     rows: dict[str, dict[str, Any]] = {}
     for cell, made in found:
         key = cell.slug.split("-", 1)[1]
@@ -24,8 +26,8 @@ def rows_of(found: Iterable[tuple[Cell, Mapping[str, Any]]]) -> list[dict[str, A
         row["seeds"].append(cell.seed)
         for mark, losses in made["losses"].items():
             for task, loss in losses.items():
-                values = row["losses"].setdefault(mark, {}).setdefault(task, [])
-                values.append(round(loss, 5))
+                values = row["losses"].setdefault(mark, {}).setdefault(task, {})
+                values[str(cell.seed)] = round(loss, 5)
     return list(rows.values())
 
 
@@ -34,22 +36,22 @@ def chosen(rows: Iterable[Row], **wanted: Any) -> list[Row]:
     return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
 
 
-def mean(values: Sequence[float]) -> float:
+def mean(values: Values) -> float:
     """Over seeds."""
-    return sum(values) / len(values)
+    return sum(values.values()) / len(values)
 
 
-def differences(values: Sequence[float], base: Sequence[float]) -> list[float]:
-    """Seed by seed, as far as both were measured: the spread of the models is not in them."""
-    return [value - other for value, other in zip(values, base, strict=False)]
+def differences(values: Values, base: Values) -> dict[str, float]:
+    """Seed by seed, of those that both have: the spread of the models is not in them."""
+    return {seed: value - base[seed] for seed, value in values.items() if seed in base}
 
 
-def spread(values: Sequence[float]) -> float | None:
+def spread(values: Values) -> float | None:
     """Standard error of the mean; None from one seed."""
     if len(values) < 2:
         return None
     centre = mean(values)
-    variance = sum((value - centre) ** 2 for value in values) / (len(values) - 1)
+    variance = sum((value - centre) ** 2 for value in values.values()) / (len(values) - 1)
     return math.sqrt(variance / len(values))
 
 
@@ -61,16 +63,16 @@ def safe_factors(rows: Sequence[Row], task: str) -> list[dict[str, Any]]:
     """
     tuned = chosen(rows, tuning=TWO_STAGE, task=task)
     scratch = {
-        row["experts"]: mean(row["losses"]["tuned"][task]) for row in chosen(tuned, recipe=SCRATCH)
+        row["experts"]: row["losses"]["tuned"][task] for row in chosen(tuned, recipe=SCRATCH)
     }
     made = []
     for recipe in dict.fromkeys(row["recipe"] for row in tuned if row["recipe"] != SCRATCH):
         for experts in sorted({row["experts"] for row in chosen(tuned, recipe=recipe)}):
-            gaps = {
-                experts // row["kept"]: mean(row["losses"]["tuned"][task]) - scratch[row["kept"]]
-                for row in chosen(tuned, recipe=recipe, experts=experts)
-                if row["kept"] in scratch
-            }
+            gaps = {}
+            for row in chosen(tuned, recipe=recipe, experts=experts):
+                apart = differences(row["losses"]["tuned"][task], scratch.get(row["kept"], {}))
+                if apart:
+                    gaps[experts // row["kept"]] = mean(apart)
             made.append(
                 {
                     "recipe": recipe,

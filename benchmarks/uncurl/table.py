@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.uncurl.cells import PLAIN, ROUTER_ONLY, TWO_STAGE
 from benchmarks.uncurl.recipes import EVERYTHING, GROUPINGS, ROUTERS, SCRATCH, TUNED
-from benchmarks.uncurl.summary import Row, chosen, differences, mean, spread
+from benchmarks.uncurl.summary import Row, Values, chosen, differences, mean, spread
 
 # What stands between these lines of a page comes from the file.
 MARKS = ("<!-- uncurl: begin -->\n", "<!-- uncurl: end -->\n")
@@ -18,11 +18,14 @@ def tables(found: Mapping[str, Any]) -> str:
     tasks, rows = found["setup"]["tasks"], found["rows"]
     parts = [
         ("As trained: held-out cross-entropy, nats per token", trained_table(found["trained"])),
-        *(
-            (f"Without training, task `{task}`: rise of the cross-entropy", curve(rows, task))
-            for task in tasks
+        (
+            f"At once, task `{tasks[0]}`: rise of the cross-entropy, nats per token",
+            curve(rows, tasks[0]),
         ),
-        ("After both stages of tuning", tuned_table(rows, tasks[0])),
+        (
+            "After both stages of tuning: above a model trained with so few",
+            tuned_table(rows, tasks[0]),
+        ),
         ("Largest safe factor", safe_table(found["safe_factors"])),
         ("Statistics of one task or another", tasks_table(rows, tasks)),
         ("Routers, trained alone", routers_table(rows, tasks[0])),
@@ -39,7 +42,7 @@ def trained_table(trained: Sequence[Row]) -> str:
         line = [f"seed {seed}"]
         for size in sizes:
             found = [row for row in trained if (row["seed"], row["experts"]) == (seed, size)]
-            line.append(f"{mean(list(found[0]['held_out_loss'].values())):.3f}" if found else "")
+            line.append(f"{mean(found[0]['held_out_loss']):.3f}" if found else "")
         lines.append(line)
     return markdown(["", *(f"{size} experts" for size in sizes)], lines)
 
@@ -72,14 +75,17 @@ def tuned_table(rows: Sequence[Row], task: str) -> str:
         (row["experts"], row["kept"]) for row in tuned if row["recipe"] != SCRATCH
     )
     lines = [
-        ["trained with so few: cross-entropy", *(plus_minus(scratch[kept]) for _, kept in sizes)]
+        [
+            "trained with so few: cross-entropy",
+            *(plus_minus(scratch.get(kept, {})) for _, kept in sizes),
+        ]
     ]
     for recipe in TUNED:
         line = [recipe]
         for experts, kept in sizes:
             cell = chosen(tuned, recipe=recipe, experts=experts, kept=kept)
             values = cell[0]["losses"]["tuned"][task] if cell else None
-            line.append(_rise(values, scratch[kept], signed=True) if values else "")
+            line.append(_rise(values, scratch.get(kept, {}), signed=True) if values else "")
         lines.append(line)
     return markdown(["", *(f"{experts} to {kept}" for experts, kept in sizes)], lines)
 
@@ -152,8 +158,10 @@ def planted_table(planted: Sequence[Row]) -> str:
     return markdown(head, lines) if lines else ""
 
 
-def plus_minus(values: Sequence[float], signed: bool = False) -> str:
-    """Mean and standard error."""
+def plus_minus(values: Values, signed: bool = False) -> str:
+    """Mean and standard error; nothing from nothing."""
+    if not values:
+        return ""
     error = spread(values)
     text = f"{mean(values):+.3f}" if signed else f"{mean(values):.3f}"
     return text + (f" ± {error:.3f}" if error is not None else "")
@@ -165,7 +173,7 @@ def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, marks, *lines))
 
 
-def _rise(values: Sequence[float], base: Sequence[float], signed: bool = False) -> str:
+def _rise(values: Values, base: Values, signed: bool = False) -> str:
     return plus_minus(differences(values, base), signed)
 
 

@@ -23,7 +23,7 @@ from benchmarks.uncurl.cells import PLAIN, TWO_STAGE, Cell, cells
 from benchmarks.uncurl.planted import adjusted_rand, clone
 from benchmarks.uncurl.recipes import GROUPINGS, RECIPES, ROUTERS, SCRATCH
 from benchmarks.uncurl.setup import Setup, quick
-from benchmarks.uncurl.summary import largest_safe, mean, rows_of, safe_factors, spread
+from benchmarks.uncurl.summary import differences, largest_safe, mean, rows_of, safe_factors, spread
 from models.errors import CheckpointError
 from orchestrator.config import RunConfig
 from tests.tiny import PROPERTY, logits_of, open_model, random_ids
@@ -51,10 +51,8 @@ def tiny(folder: Path, top_k: int = 1) -> Path:
     return folder
 
 
-def row(experts: int, kept: int, recipe: str, tuned: list[float]) -> tuple[Cell, dict[str, Any]]:
-    return Cell(0, experts, kept, recipe, "code", TWO_STAGE), {
-        "losses": {"tuned": {"code": tuned[0]}}
-    }
+def row(experts: int, kept: int, recipe: str, tuned: float) -> tuple[Cell, dict[str, Any]]:
+    return Cell(0, experts, kept, recipe, "code", TWO_STAGE), {"losses": {"tuned": {"code": tuned}}}
 
 
 def test_copied_experts_leave_the_function_as_it_is_and_noise_moves_it(tmp_path: Path) -> None:
@@ -111,11 +109,11 @@ def test_a_factor_is_safe_only_if_all_smaller_ones_are(
 
 def test_a_reduced_model_is_compared_with_one_that_was_trained_as_small() -> None:
     found = [
-        row(4, 4, SCRATCH, [2.0]),
-        row(8, 8, SCRATCH, [1.5]),
-        row(8, 4, "uncurl, paper", [1.9]),
-        row(16, 8, "uncurl, paper", [1.6]),
-        row(16, 4, "uncurl, paper", [1.7]),
+        row(4, 4, SCRATCH, 2.0),
+        row(8, 8, SCRATCH, 1.5),
+        row(8, 4, "uncurl, paper", 1.9),
+        row(16, 8, "uncurl, paper", 1.6),
+        row(16, 4, "uncurl, paper", 1.7),
     ]
 
     made = {each["experts"]: each for each in safe_factors(rows_of(found), "code")}
@@ -131,8 +129,10 @@ def test_seeds_of_one_cell_become_one_row() -> None:
     )
     assert len(rows) == 1 and rows[0]["seeds"] == [1, 3]
     values = rows[0]["losses"]["before"]["code"]
+    assert values == {"1": 1.0, "3": 3.0}
     assert (mean(values), spread(values)) == (2.0, 1.0)
-    assert spread([1.0]) is None
+    assert differences(values, {"3": 1.0}) == {"3": 2.0}
+    assert spread({"1": 1.0}) is None
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
