@@ -39,7 +39,14 @@ def observed(setup: Setup, model: Path, folder: Path, seed: int) -> Prepared:
             {
                 "run_dir": folder,
                 "model": {"path": str(model), "tokenizer": str(BUNDLED / "model")},
-                "calibrate": {"data": data, "shards": 1, "batch_size": 16, "dtype": "float32"},
+                "calibrate": {
+                    "data": data,
+                    "shards": 1,
+                    "batch_size": 16,
+                    "dtype": "float32",
+                    # What enters the layers, for router rows by least squares.
+                    "sample": {"tokens": min(4096, setup.tokens), "statistics": False},
+                },
                 "group": {"method": "frequency"},
                 "executor": {"kind": "local"},
             }
