@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -14,7 +15,7 @@ from stages.calibrate.config import CalibrateConfig
 from stages.compress.config import CompressConfig
 from stages.evaluate.config import EvaluateConfig
 from stages.export.config import ExportConfig
-from stages.group.config import Coalesce, GroupConfig
+from stages.group.config import Coalesce, GroupConfig, Uncurl
 from stages.merge.config import MergeConfig
 from stages.narrow.config import NarrowConfig
 from stages.probe.config import ProbeConfig
@@ -101,6 +102,13 @@ class ExecutorConfig(Settings):
         return self
 
 
+def _uncurl_as_printed(group: Any) -> bool:
+    """Whether a section, as written or validated, is the preset `paper` of uncurl."""
+    if isinstance(group, Mapping):
+        return group.get("method") == "uncurl" and group.get("preset") == "paper"
+    return isinstance(group, Uncurl) and group.preset == "paper"
+
+
 class RunConfig(Settings):
     """A whole run. Every section's defaults are written beside the stage that it configures."""
 
@@ -132,6 +140,37 @@ class RunConfig(Settings):
     def written(self) -> ExportConfig:
         """What the files of the main variant look like: format, and how experts are decomposed."""
         return self.export.model_copy(update={"compress": self.compress})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _paper_redraws_the_router(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping) or not _uncurl_as_printed(values.get("group")):
+            return values
+        export = values.get("export", {})
+        if isinstance(export, Mapping):
+            return {**values, "export": {"router": "reinit", **export}}
+        return values
+
+    @model_validator(mode="after")
+    def _paper_as_printed(self) -> Self:
+        if not isinstance(self.group, Uncurl) or self.group.preset != "paper":
+            return self
+        wrong = [
+            name
+            for name, as_printed in (
+                ("export.router=reinit", self.export.router == "reinit"),
+                ("align.enabled=true", self.align.enabled),
+                ("align.by=weights", self.align.by == "weights"),
+                ("align.reference=method", self.align.reference in ("method", "most_frequent")),
+                ("merge.weights=method", self.merge.weights in ("method", "frequency")),
+                ("refit.enabled=auto", self.refit.enabled is not True),
+                ("no section compress", self.compress is None),
+            )
+            if not as_printed
+        ]
+        if wrong:
+            raise ValueError(f"group.preset=paper of uncurl has {', '.join(wrong)}")
+        return self
 
     @model_validator(mode="after")
     def _one_place_to_compress(self) -> Self:

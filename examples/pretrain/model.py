@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MixtralConfig, MixtralForCausalLM
 
 import fast_experts
 from fused_loss import fused_cross_entropy
@@ -54,8 +54,11 @@ def make_momentum_config(**fields: Any) -> MomentumConfig:
 
 
 def class_of(config: MixtralConfig) -> type[MixtralForCausalLM]:
-    """What a config makes; momentum models are trained by the same code."""
-    return MomentumForCausalLM if isinstance(config, MomentumConfig) else MixtralForCausalLM
+    """What a config makes; momentum models and other families are trained by the same code."""
+    if isinstance(config, MomentumConfig):
+        return MomentumForCausalLM
+    found: type[MixtralForCausalLM] = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return found
 
 
 def build(config: MixtralConfig, seed: int) -> MixtralForCausalLM:

@@ -169,6 +169,9 @@ class Uncurl(_Method):
     """UNCURL (arXiv 2409.01483). Use when: one task, recovery training follows, equal layers."""
 
     method: Literal["uncurl"] = "uncurl"
+    # paper: the published protocol and nothing else. It also asks for a router that is drawn anew
+    # (export.router=reinit), so that the output is of no use before it is trained.
+    preset: Literal["paper"] | None = None
     # spectral: the method. frequency_merge, frequency_prune: the paper's baselines.
     grouping: Literal["spectral", "frequency_merge", "frequency_prune"] = "spectral"
     # token: logits minus their mean over the experts of a token, which no softmax can see.
@@ -180,6 +183,15 @@ class Uncurl(_Method):
     seed: int = Field(default=0, ge=0)
     # Restarts of k-means.
     n_init: int = Field(default=10, ge=1)
+
+    @model_validator(mode="after")
+    def _paper_as_printed(self) -> Uncurl:
+        as_printed = self.grouping == "spectral" and self.center_logits == "none"
+        if self.preset == "paper" and not (as_printed and not self.protect_super_experts):
+            raise ValueError(
+                "preset=paper has grouping=spectral, center_logits=none and no protected experts"
+            )
+        return self
 
     @property
     def prunes(self) -> bool:
