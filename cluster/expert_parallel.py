@@ -57,6 +57,15 @@ class ExpertGroup:
             dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.handle)
             return int(found.item())
 
+    def total(self, values: Tensor) -> Tensor:
+        """Every rank gets the sum of the ranks' values, as a new tensor on the CPU."""
+        import deepspeed.comm as dist
+
+        found = values.to(_device(), copy=True)
+        with self.reached():
+            dist.all_reduce(found, op=dist.ReduceOp.SUM, group=self.handle)
+            return found.cpu()
+
     def all_to_all(self, rows: Tensor, outgoing: list[int], incoming: list[int]) -> Tensor:
         """Rows to the ranks, `outgoing[r]` of them to rank r; returns what came, in rank order."""
         import deepspeed.comm as dist

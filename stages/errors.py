@@ -5,6 +5,7 @@ UserError
 ├── BudgetError        how many experts to keep, or an exporter that cannot express it
 ├── StatisticsError    statistics of another model, or damaged ones
 ├── StaleUnit          a finished unit was made from another model, data or config
+├── TrainingError      recovery met a loss that is no number
 ├── ReplicaError       an expert-parallel replica computes something else than one process
 └── GateError          the written checkpoint did not open as promised
 """
@@ -26,6 +27,10 @@ class StatisticsError(UserError):
 
 class StaleUnit(UserError):
     """A finished unit has another fingerprint than the one now asked for."""
+
+
+class TrainingError(UserError):
+    """The loss or a gradient is NaN or infinite."""
 
 
 class ReplicaError(UserError):

@@ -40,7 +40,7 @@ def observe(
         CheckpointError: a layer cannot be read. DiskFull: no room for the hidden states.
     """
     sparse = [i for i, layer in enumerate(model.layers) if find_block(layer) is not None]
-    with _scratch(output) as folder:
+    with scratch(output) as folder:
         shard = _Shard(model, batches, folder)
         # Nothing is observed behind the last sparse layer.
         for index in range(max(sparse, default=-1) + 1):
@@ -113,7 +113,7 @@ class HiddenStates:
 
 
 @contextmanager
-def _scratch(output: Path) -> Iterator[Path]:
+def scratch(output: Path) -> Iterator[Path]:
     """A folder beside the output that is gone afterwards."""
     # Two attempts at one shard never share hidden states.
     folder = output.with_name(f".{output.name}.{attempt()}{_SUFFIX}")

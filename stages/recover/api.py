@@ -1,0 +1,95 @@
+"""Recovery of one folder in one process, without a run around it: for programs and experiments."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from models.atomic import attempt, text_digest
+from models.checkpoint import Checkpoint
+from stages.errors import TrainingError
+from stages.recover.config import RecoverConfig
+from stages.recover.trainer import Trained, Training, train
+from stages.recover.written import on_disk, write_files
+
+
+def recover(
+    student: Path,
+    target: Path,
+    config: RecoverConfig,
+    corpus: Path,
+    taught: Sequence[Path] = (),
+    *,
+    scratch: Path | None = None,
+) -> dict[str, Any]:
+    """Trains a checkpoint folder and writes the result as another folder of the same form.
+
+    Args:
+        student: native, mapped, or mapped with U V + S; it is only read.
+        target: must not exist.
+        corpus: blocks of tokens (`stages.corpus.stage`).
+        taught: what the original says along them (`stages.recover.teach.teach`); none: alpha must
+            be 0, and cross-entropy alone is minimised.
+        scratch: folder of states; a call with the same arguments goes on from the newest. None:
+            beside the target, and gone afterwards.
+
+    Returns:
+        steps, and experts that never got a gradient, by layer.
+    """
+    if config.alpha and not taught:
+        raise TrainingError(
+            f"recover.alpha is {config.alpha:g} and there is no teacher", "teach first, or alpha=0"
+        )
+    folder = scratch or target.with_name(f".{target.name}.states.tmp")
+    checkpoint = Checkpoint.open(student)
+    training = Training(
+        student=student,
+        needs_code="auto_map" in checkpoint.config,
+        corpus=corpus,
+        taught=tuple(taught),
+        config=config,
+        folder=folder,
+        fingerprint=fingerprint_of(checkpoint, config, corpus, taught),
+    )
+    done = train(training)
+    if not done.finished:
+        raise TrainingError(f"asked to pause after step {done.step}", "call again to go on")
+    write_folder(checkpoint, done, target)
+    if scratch is None:
+        shutil.rmtree(folder, ignore_errors=True)
+    return {"steps": done.step, "untrained": done.untrained}
+
+
+def fingerprint_of(
+    student: Checkpoint, config: RecoverConfig, corpus: Path, taught: Sequence[Path]
+) -> str:
+    """Of everything that a state depends on; not of ranks, nor of where states are cut."""
+    from models.atomic import quick_digest
+
+    free = {"checkpoint_every", "ranks", "deepspeed", "micro_batch"}
+    return text_digest(
+        [
+            [student.identity(file) for file in student.files],
+            config.model_dump(mode="json", exclude=free),
+            [quick_digest(path) for path in (corpus, *taught)],
+        ]
+    )
+
+
+def write_folder(student: Checkpoint, done: Trained, target: Path) -> None:
+    """The student's folder with the trained values, whole or not at all."""
+    staging = target.with_name(f".{target.name}.{attempt()}.tmp")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        targets = {file: staging / file for file in student.files}
+        write_files(student, on_disk(done.model, done.values, student), targets)
+        for path in sorted(student.folder.iterdir()):
+            if path.is_file() and path.name not in targets:
+                shutil.copyfile(path, staging / path.name)
+        os.replace(staging, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

@@ -1,0 +1,110 @@
+"""Config of the recover stage: how the reduced checkpoint is trained after the original."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from stages.corpus.config import CorpusConfig
+from stages.settings import Settings
+
+VERSION = 1
+
+# MC-SMoE, arXiv 2310.01334, section 3.3 and table A11; the scaling is that of its code.
+_PAPER = {
+    "alpha": 0.2,
+    "temperature": 2.0,
+    "scaling": "paper",
+    "betas": (0.9, 0.98),
+    "epsilon": 1e-6,
+    "weight_decay": 0.01,
+    "warmup": 16,
+    "schedule": "linear",
+    "learning_rate": 3e-5,
+}
+
+
+class TeacherConfig(Settings):
+    """What is kept of the original's predictions, once, for all of training."""
+
+    # Likeliest tokens kept at every position; the mass of all others is one number more.
+    # None: every token, exactly, at vocabulary x 8 bytes a position.
+    top: int | None = Field(default=64, gt=0)
+    # Units of work and of loss.
+    shards: int = Field(default=8, gt=0)
+    batch_size: int = Field(default=8, gt=0)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    # resident: a worker holds the original. streaming: one of its layers at a time. auto: whichever
+    # calibration would take.
+    engine: Literal["resident", "streaming", "auto"] = "auto"
+
+
+class DeepSpeedConfig(Settings):
+    """How values, gradients and moments are dealt out to the ranks (ZeRO, arXiv 1910.02054)."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    # Moments and fp32 values in the memory of the host.
+    cpu_offload: bool = False
+    # The model runs in bfloat16; values are still kept, and updated, in fp32.
+    bf16: bool = False
+
+
+class RecoverConfig(Settings):
+    """Which values are trained, on how much text, and how fast."""
+
+    # paper: loss and optimiser of MC-SMoE, unless they are given.
+    preset: Literal["paper"] | None = None
+    # router: router rows alone. experts: the routed experts. full: everything.
+    mode: Literal["router", "experts", "full"] = "experts"
+    # With mode=experts: the routers as well.
+    router: bool = False
+    # None: the text that is observed (`calibrate.data`).
+    data: CorpusConfig | None = None
+    # Updates.
+    steps: int = Field(default=1000, gt=0)
+    # Blocks of text per update, on all ranks together.
+    batch: int = Field(default=16, gt=0)
+    # Blocks that pass the model at once, on one rank.
+    micro_batch: int = Field(default=8, gt=0)
+    seed: int = Field(default=0, ge=0)
+    # Weight of the distillation; 0: no teacher is asked.
+    alpha: float = Field(default=1.0, ge=0)
+    temperature: float = Field(default=2.0, gt=0)
+    # mean: both terms are means over tokens, T^2 in the second. paper: positions of a sequence are
+    # added up in the second, and no T^2.
+    scaling: Literal["mean", "paper"] = "mean"
+    learning_rate: float = Field(default=1e-3, gt=0)
+    schedule: Literal["linear", "cosine", "constant"] = "cosine"
+    # Steps in which the rate rises.
+    warmup: int = Field(default=20, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    epsilon: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    # Largest norm of a step's gradient; None: any.
+    clip: float | None = Field(default=1.0, gt=0)
+    teacher: TeacherConfig = TeacherConfig()
+    # Steps between two checkpoints from which training goes on after a kill.
+    checkpoint_every: int = Field(default=200, gt=0)
+    # Processes that train together (DeepSpeed); 1 without a section `deepspeed`: plain torch.
+    ranks: int = Field(default=1, gt=0)
+    deepspeed: DeepSpeedConfig | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("preset") != "paper":
+            return values
+        return _PAPER | values
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.batch % self.ranks:
+            raise ValueError(f"batch={self.batch} cannot be dealt out evenly to {self.ranks} ranks")
+        if self.warmup >= self.steps:
+            raise ValueError(f"warmup={self.warmup} leaves nothing of {self.steps} steps")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must lie in 0..1, got {self.betas}")
+        if self.router and self.mode != "experts":
+            raise ValueError("router=true belongs to mode=experts; the other modes include routers")
+        return self

@@ -1,0 +1,85 @@
+"""Trained values on their way back into the files of the checkpoint that was trained.
+
+Names, shapes, types, order and metadata stay those of the student's files, and so do the bytes of
+every tensor that was not trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from models.atomic import link_or_copy, staged
+from models.checkpoint import Checkpoint
+from models.errors import CheckpointError
+
+
+def on_disk(model: Any, values: Mapping[str, Tensor], student: Checkpoint) -> dict[str, Tensor]:
+    """Name on disk -> value, in the type and shape that the student's files have.
+
+    Args:
+        model: the student; transformers knows from it how names in memory came about.
+        values: by name in memory.
+
+    Raises:
+        CheckpointError: a value belongs to no tensor of the student, or has another shape.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    found = revert_weight_conversion(model, _with_copies(model, values, student))
+    converted = {}
+    for name, tensor in found.items():
+        info = student.tensors.get(name)
+        if info is None or info.shape != tuple(tensor.shape):
+            there = "no tensor" if info is None else f"shape {list(info.shape)}"
+            raise CheckpointError(
+                f"trained {name} has shape {list(tensor.shape)}, {student.folder} has {there}"
+            )
+        converted[name] = tensor.to(info.meta().dtype).contiguous()
+    return converted
+
+
+def write_files(
+    student: Checkpoint, trained: Mapping[str, Tensor], targets: Mapping[str, Path]
+) -> None:
+    """Writes every weight file of the student anew, with the trained tensors in their places.
+
+    Args:
+        trained: by name on disk.
+        targets: file of the student -> path of the new one; one without trained tensors is linked.
+
+    Raises:
+        CheckpointError: a trained value is NaN or infinite in the type on disk.
+    """
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    wrong = [name for name, tensor in trained.items() if not bool(tensor.isfinite().all())]
+    if wrong:
+        raise CheckpointError(f"{wrong[0]} is not finite after training")
+    for file, target in targets.items():
+        names = [info.name for info in student.tensors.values() if info.file == file]
+        if not trained.keys() & set(names):
+            link_or_copy(student.path(file), target)
+            continue
+        with safe_open(student.path(file), framework="pt") as handle:
+            tensors = {n: trained[n] if n in trained else handle.get_tensor(n) for n in names}
+            metadata = handle.metadata()
+        with staged(target) as temporary:
+            save_file(tensors, temporary, metadata)
+
+
+def _with_copies(
+    model: Any, values: Mapping[str, Tensor], student: Checkpoint
+) -> dict[str, Tensor]:
+    """Tied values under all names under which the files hold them."""
+    found = dict(values)
+    for name, source in model.all_tied_weights_keys.items():
+        if source in found and name in student.tensors:
+            found[name] = found[source]
+        elif name in found and source not in found and source in student.tensors:
+            found[source] = found[name]
+    return found
