@@ -73,7 +73,8 @@ def factor(
             for importance by activations.
         kept: rows or columns of S; None: `config.sparse` of them.
     """
-    kind, shape = weight.dtype, shape_of(config, *weight.shape, kept)
+    height, width = weight.shape
+    kind, shape = weight.dtype, shape_of(config, height, width, kept)
     left, right, rest = _parts(weight, shape, config, inputs)
     index = strongest(importance(rest, config.axis, _watched(config, inputs)), shape.kept)
     stored = cut(rest, config.axis, index).to(kind).contiguous()

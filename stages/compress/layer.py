@@ -34,10 +34,11 @@ def applies(config: CompressConfig | None, layer: int) -> bool:
 
 def shapes(expert: Expert, config: CompressConfig, layer: int) -> dict[str, Shape]:
     """Field of `Expert` -> what its matrix becomes in this layer."""
-    return {
-        name: shape_of(config, *getattr(expert, name).shape, config.kept(layer, name))
-        for name in names(expert)
-    }
+    found = {}
+    for name in names(expert):
+        height, width = getattr(expert, name).shape
+        found[name] = shape_of(config, height, width, config.kept(layer, name))
+    return found
 
 
 def compress(expert: Expert, config: CompressConfig, layer: int = 0) -> FactoredExpert:
