@@ -31,5 +31,11 @@ def check_compression(
             " that leaves is not known where what is left of them is decomposed",
             "use group.budget.keep_ratio, or a method that merges or drops experts",
         )
+    if config.compress.threshold == "global" and config.group.budget.target_bytes is not None:
+        raise ConfigError(
+            f"group.budget.target_bytes is {config.group.budget.target_bytes:,};"
+            " compress.threshold=global decides the last bytes after the layers were looked at",
+            "use group.budget.keep_ratio, or compress.threshold=layer",
+        )
     experts = [(decision.layer, kept_expert(moe, decision)) for decision in decisions]
     check(config.compress, moe, experts, small=config.export.format == "mapped")

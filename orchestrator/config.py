@@ -176,6 +176,8 @@ class RunConfig(Settings):
     def _one_place_to_compress(self) -> Self:
         if self.export.compress is not None:
             raise ValueError("write the section `compress` beside `export`, not in it")
+        if self.compress is not None and self.compress.numbers is not None:
+            raise ValueError("compress.numbers is decided by compress.threshold=global, not given")
         return self
 
     @model_validator(mode="after")

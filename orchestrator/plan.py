@@ -12,6 +12,9 @@ from orchestrator import disk, engine, estimate, flops, pipeline, samples
 from orchestrator.estimate import human
 from orchestrator.needs import needs
 from orchestrator.preflight import Prepared, expected_decisions, expected_layouts
+from stages.compress.config import CompressConfig
+from stages.compress.layer import applies
+from stages.group.decision import LayerDecision
 from stages.transform.stage import file_name
 from stages.unit import Unit, beside, read_marker
 from stages.verify import stage as verify
@@ -50,6 +53,9 @@ def summary(run: Prepared) -> str:
     """Sizes before and after, and what is needed on disk."""
     layouts = expected_layouts(run.variants[0], run.moe)
     before, after = run.moe.checkpoint.file_bytes, sum(each.file_bytes for each in layouts)
+    compress = run.config.compress
+    # What the threshold leaves of its bytes, and digits of headers, are known once it has decided.
+    exactly = "about" if compress is not None and compress.threshold == "global" else "exactly"
     text = ""
     if run.config.calibrate.statistics is None:
         choice = engine.choose(run)
@@ -68,7 +74,7 @@ def summary(run: Prepared) -> str:
     return (
         f"{run.moe.family.model_type}, {len(run.moe.layers)} MoE layers of {run.moe.num_experts}"
         f" experts, top-{run.moe.top_k}: {human(before)} -> {human(after)}"
-        f" ({after / before:.1%}), exactly {after:,} bytes of weights;"
+        f" ({after / before:.1%}), {exactly} {after:,} bytes of weights;"
         f" {human(disk.peak_bytes(run))} of disk at the peak;"
         f" {_operations(run)}{text}"
     )
@@ -84,11 +90,39 @@ def _by_layers(run: Prepared) -> Iterator[tuple[str, engine.Choice]]:
 
 
 def _operations(run: Prepared) -> str:
-    """Of one token, before and after."""
-    before = flops.per_token(run.moe)
-    after = flops.per_token(run.moe, expected_decisions(run.variants[0], run.moe))
+    """Of one token, before and after; with `compress`, also the values that are left."""
+    moe, compress = run.moe, run.config.compress
+    decisions = expected_decisions(run.variants[0], moe)
+    small = compress if run.config.export.format == "mapped" else None
+    before, after = flops.per_token(moe), flops.per_token(moe, decisions, small)
     unit, name = (1e9, "GFLOP") if before >= 1e9 else (1e6, "MFLOP")
-    return f"{before / unit:.3g} -> {after / unit:.3g} {name} per token ({after / before:.1%})"
+    text = f"{before / unit:.3g} -> {after / unit:.3g} {name} per token ({after / before:.1%})"
+    return text if compress is None else f"{text};{_arithmetic(run, decisions, compress)}"
+
+
+def _arithmetic(run: Prepared, decisions: Sequence[LayerDecision], compress: CompressConfig) -> str:
+    """Of experts as U V + S, whatever the format: `native` and `expanded` write them out."""
+    moe = run.moe
+    whole, merged, small = (
+        flops.parameters(moe),
+        flops.parameters(moe, decisions),
+        flops.parameters(moe, decisions, compress),
+    )
+    share = flops.per_token(moe, decisions, compress) / flops.per_token(moe)
+    text = (
+        f"\nvalues: {_millions(whole)} -> {_millions(merged)} merged, each expert once"
+        f" -> {_millions(small)} with U V + S"
+    )
+    if run.config.export.format != "mapped":
+        text += (
+            f" ({share:.1%} of the FLOPs per token); export.format={run.config.export.format}"
+            " writes U V + S out and computes whole matrices"
+        )
+    return text
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:,.0f} M" if count >= 1e7 else f"{count:,}"
 
 
 def _verify(run: Prepared) -> Row:
@@ -159,11 +193,23 @@ def _models(run: Prepared) -> list[Row]:
     variants, read = len(run.variants), run.moe.checkpoint.file_bytes * len(run.variants)
     main = expected_layouts(run.variants[0], run.moe)
     return [
+        *_threshold(run),
         *_carry(run),
         Row("transform", files, done, read, written, estimate.transform(run)),
         # Layer files become the output by hard links: nothing is written twice.
         Row("export", variants, exported, written, 0, engine.gate(run, main).worker_bytes),
     ]
+
+
+def _threshold(run: Prepared) -> list[Row]:
+    """Layers are merged and decomposed once more where one threshold divides S over all of them."""
+    config, moe = run.config.compress, run.moe
+    if config is None or config.threshold == "layer":
+        return []
+    layers = [layer for layer in moe.layers if applies(config, layer)]
+    read = sum(moe.layer_bytes(layer) for layer in layers)
+    done = min(len(list(run.folder.threshold.glob("*.arrow.json"))), len(layers))
+    return [Row("threshold", len(layers), done, read, 0, estimate.transform(run))]
 
 
 def _carry(run: Prepared) -> list[Row]:

@@ -20,7 +20,7 @@ from orchestrator.events import Event, Listener
 
 STAGES = (
     "verify", "corpus", "calibrate", "inputs", "subsample", "probe",
-    "group", "transform", "export", "evaluate", "report",
+    "group", "threshold", "transform", "export", "evaluate", "report",
 )  # fmt: skip
 # Takes turns with another stage, in some runs.
 TURNS = {"carry": "transform"}

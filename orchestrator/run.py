@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import yaml
 from models.arrow import read_table, write_table
 from models.atomic import file_digest, write_bytes, write_json
 from models.remote.origin import held_here
-from orchestrator import chain, engine, estimate, pipeline, run_folder, samples, shared
+from orchestrator import chain, engine, estimate, pipeline, run_folder, samples, shared, threshold
 from orchestrator.decide import decide
 from orchestrator.events import EventLog, Listener
 from orchestrator.interrupt import heeding_signals
@@ -73,6 +73,7 @@ def run(prepared: Prepared, listeners: Sequence[Listener] = ()) -> Path:
         statistics = _observe(prepared, scheduler, events)
         _probe(prepared, scheduler)
         decided = _decide(prepared, scheduler, statistics, events)
+        prepared, decided = _threshold(prepared, scheduler, decided)
         _write_models(prepared, scheduler, decided, events)
         measured = _measure(prepared, scheduler, decided, events)
         for message in _report(prepared, scheduler, statistics, decided, measured):
@@ -224,6 +225,20 @@ def _decide_one(
     table = to_table(decisions, metadata, errors)
     _settle(prepared.folder.decision(variant.name), table, free=["predicted_error"])
     return Decided(variant, decisions, file_layouts(prepared.moe, decisions, variant.export))
+
+
+def _threshold(
+    prepared: Prepared, scheduler: Scheduler, decided: list[Decided]
+) -> tuple[Prepared, list[Decided]]:
+    """The main variant with its rows of S per layer, where one threshold divides them."""
+    main, settle = decided[0], partial(_settle, prepared.folder.kept_rows)
+    variant = threshold.settled(prepared, main.variant, main.decisions, scheduler.run, settle)
+    if variant is main.variant:
+        return prepared, decided
+    layouts = file_layouts(prepared.moe, main.decisions, variant.export)
+    variants = (variant, *prepared.variants[1:])
+    main = Decided(variant, main.decisions, layouts)
+    return replace(prepared, variants=variants), [main, *decided[1:]]
 
 
 def _write_models(

@@ -84,6 +84,16 @@ class RunFolder:
         return self.root / "probe"
 
     @property
+    def threshold(self) -> Path:
+        """What the rows of S are worth, one file per layer."""
+        return self.root / "threshold"
+
+    @property
+    def kept_rows(self) -> Path:
+        """Rows of S of every layer and matrix, where one threshold decides."""
+        return self.root / "threshold.arrow"
+
+    @property
     def statistics(self) -> Path:
         """The sum over shards."""
         return self.root / "statistics.arrow"

@@ -19,6 +19,7 @@ from orchestrator.report.history import history
 from orchestrator.run_folder import MAIN, versions
 from stages.calibrate import coverage
 from stages.calibrate.statistics import domain_sums
+from stages.compress.config import CompressConfig
 from stages.corpus.stage import count_tokens
 from stages.evaluate.stage import ORIGINAL
 from stages.export.layout import FileLayout
@@ -92,7 +93,7 @@ def collect(found: Collected) -> dict[str, Any]:
         **_sizes(found),
         "flops_per_token": {
             "before": flops.per_token(moe),
-            "after": flops.per_token(moe, found.decisions),
+            "after": flops.per_token(moe, found.decisions, _computed(found.prepared)),
         },
         **_layers(found),
         "warnings": [*_warnings(found), *found_cautions(found)],
@@ -107,6 +108,12 @@ def collect(found: Collected) -> dict[str, Any]:
         "peak_rss_bytes": {n: each["peak_rss_bytes"] for n, each in course["stages"].items()},
         "gate": _export_result(found),
     }
+
+
+def _computed(prepared: Prepared) -> CompressConfig | None:
+    """How experts are computed: only `mapped` leaves them as U V + S."""
+    export = prepared.variants[0].export
+    return export.compress if export.format == "mapped" else None
 
 
 def _compress(config: RunConfig) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from orchestrator.report.wording import as_float, baseline, finite
 
 STAGES = (
     "verify", "corpus", "calibrate", "inputs", "subsample", "probe", "reduce", "group", "decide",
-    "align", "merge", "carry", "transform", "export", "baselines", "evaluate", "report",
+    "align", "merge", "threshold", "carry", "transform", "export", "baselines", "evaluate",
+    "report",
 )  # fmt: skip
 EQUAL_BYTES = 0.02
 TIE_NATS = 0.005

@@ -44,7 +44,7 @@ def check(
 
 
 def _check_expert(config: CompressConfig, layer: int, expert: Expert, small: bool) -> None:
-    for name, shape in shapes(expert, config).items():
+    for name, shape in shapes(expert, config, layer).items():
         limit = min(shape.height, shape.width)
         if shape.rank > limit:
             raise BudgetError(

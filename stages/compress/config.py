@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from stages.settings import Settings
 
-VERSION = 1
+VERSION = 2
 
 # MC-SMoE, arXiv 2310.01334, section 4: rank 32, a tenth of the rows of S.
 _PAPER = {"rank": 32, "sparse": 0.1, "multiple": 1}
@@ -31,6 +31,11 @@ class CompressConfig(Settings):
     multiple: int = Field(default=8, gt=0)
     # weights: norms of S, no data. activations: what dropping them costs on the sampled tokens.
     importance: Literal["weights", "activations"] = "weights"
+    # layer: the same share of S in every matrix. global: the share of all S together, its rows
+    # ranked by how much of their own matrix they hold; needs a pass over all layers before.
+    threshold: Literal["layer", "global"] = "layer"
+    # Layer -> matrix -> rows (or columns) of S, as the global threshold decided; not for users.
+    numbers: dict[int, dict[str, int]] | None = None
     # Low rank where the sampled inputs are, not where the weights are large.
     whiten: bool = False
     # Added to the second moments of the inputs, in units of their mean diagonal.
@@ -51,7 +56,16 @@ class CompressConfig(Settings):
     def _one_rank(self) -> Self:
         if (self.rank is None) == (self.ratio is None):
             raise ValueError("give either rank (32 in the paper) or ratio (0.25, say)")
+        if self.threshold == "global" and not 0 < self.sparse < 1:
+            raise ValueError(
+                f"threshold=global divides a part of S over the layers; sparse={self.sparse:g}"
+                " keeps the same of every one: use threshold=layer"
+            )
         return self
+
+    def kept(self, layer: int, matrix: str) -> int | None:
+        """How much of S this matrix keeps; None: its share."""
+        return None if self.numbers is None else self.numbers[layer][matrix]
 
     @property
     def needs_inputs(self) -> bool:

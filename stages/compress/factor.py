@@ -31,17 +31,18 @@ class Shape:
         return self.rank * (self.height + self.width) + self.kept * along
 
 
-def shape_of(config: CompressConfig, height: int, width: int) -> Shape:
-    """What a matrix of this size becomes."""
+def shape_of(config: CompressConfig, height: int, width: int, kept: int | None = None) -> Shape:
+    """What a matrix of this size becomes; with `kept` rows of S where they were decided."""
     rank = config.rank
     if rank is None:
         assert config.ratio is not None
         wanted = rank_from_ratio(config.ratio, height, width)
         rank = min(_even(wanted, config.multiple), height, width)
-    along = height if config.axis == "rows" else width
-    kept = kept_count(config.sparse, along)
-    if kept < along:
-        kept = min(_even(kept, config.multiple), along)
+    if kept is None:
+        along = height if config.axis == "rows" else width
+        kept = kept_count(config.sparse, along)
+        if kept < along:
+            kept = min(_even(kept, config.multiple), along)
     return Shape(height, width, rank, kept, config.axis)
 
 
@@ -50,7 +51,18 @@ def _even(count: int, multiple: int) -> int:
     return count if count < multiple else (2 * count + multiple) // (2 * multiple) * multiple
 
 
-def factor(weight: Tensor, config: CompressConfig, inputs: Tensor | None = None) -> Factored:
+@dataclass(frozen=True)
+class Measured:
+    """A decomposed matrix, and what the rows or columns of its S are worth."""
+
+    factored: Factored
+    scores: Tensor  # [H] or [W], see `importance`
+    energy: float  # what the whole matrix is worth, measured alike
+
+
+def factor(
+    weight: Tensor, config: CompressConfig, inputs: Tensor | None = None, kept: int | None = None
+) -> Factored:
     """Decomposes `weight` [H, W]; on the meta device it gives the shapes alone.
 
     Everything is computed in fp32 or better. S is what the *rounded* factors leave over, and is
@@ -59,14 +71,36 @@ def factor(weight: Tensor, config: CompressConfig, inputs: Tensor | None = None)
     Args:
         inputs: [N, W] sampled inputs of the matrix times their gates; needed for whitening and
             for importance by activations.
+        kept: rows or columns of S; None: `config.sparse` of them.
     """
-    kind, shape = weight.dtype, shape_of(config, *weight.shape)
-    left, right = (each.to(kind).contiguous() for each in _factors(weight, shape, config, inputs))
-    rest = residual(weight, at_least_fp32(left), at_least_fp32(right))
-    seen = inputs if config.importance == "activations" else None
-    index = strongest(importance(rest, config.axis, seen), shape.kept)
-    kept = cut(rest, config.axis, index).to(kind).contiguous()
-    return Factored(left, right, index, kept, config.axis)
+    height, width = weight.shape
+    kind, shape = weight.dtype, shape_of(config, height, width, kept)
+    left, right, rest = _parts(weight, shape, config, inputs)
+    index = strongest(importance(rest, config.axis, _watched(config, inputs)), shape.kept)
+    stored = cut(rest, config.axis, index).to(kind).contiguous()
+    return Factored(left, right, index, stored, config.axis)
+
+
+def measured(weight: Tensor, config: CompressConfig, inputs: Tensor | None = None) -> Measured:
+    """`factor` with the importance of all rows or columns, kept or not."""
+    watched = _watched(config, inputs)
+    made = factor(weight, config, inputs)
+    rest = residual(weight, at_least_fp32(made.left), at_least_fp32(made.right))
+    energy = importance(at_least_fp32(weight), config.axis, watched).double().sum()
+    return Measured(made, importance(rest, config.axis, watched), float(energy))
+
+
+def _watched(config: CompressConfig, inputs: Tensor | None) -> Tensor | None:
+    return inputs if config.importance == "activations" else None
+
+
+def _parts(
+    weight: Tensor, shape: Shape, config: CompressConfig, inputs: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """U and V as stored, and S of what they are as stored."""
+    found = _factors(weight, shape, config, inputs)
+    left, right = (each.to(weight.dtype).contiguous() for each in found)
+    return left, right, residual(weight, at_least_fp32(left), at_least_fp32(right))
 
 
 def _factors(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,45 +32,56 @@ def applies(config: CompressConfig | None, layer: int) -> bool:
     return config is not None and layer not in config.skip_layers
 
 
-def shapes(expert: Expert, config: CompressConfig) -> dict[str, Shape]:
-    """Field of `Expert` -> what its matrix becomes."""
-    matrices = {name: t for name, t in expert.tensors().items() if not name.endswith("_bias")}
-    return {name: shape_of(config, *tensor.shape) for name, tensor in matrices.items()}
+def shapes(expert: Expert, config: CompressConfig, layer: int) -> dict[str, Shape]:
+    """Field of `Expert` -> what its matrix becomes in this layer."""
+    found = {}
+    for name in names(expert):
+        height, width = getattr(expert, name).shape
+        found[name] = shape_of(config, height, width, config.kept(layer, name))
+    return found
 
 
-def compress(expert: Expert, config: CompressConfig) -> FactoredExpert:
+def compress(expert: Expert, config: CompressConfig, layer: int = 0) -> FactoredExpert:
     """One expert from its weights alone; on the meta device, the shapes of any."""
-    return _assembled(expert, {n: factor(getattr(expert, n), config) for n in _names(expert)})
+    kept = {name: config.kept(layer, name) for name in names(expert)}
+    found = {n: factor(getattr(expert, n), config, None, kept[n]) for n in names(expert)}
+    return _assembled(expert, found)
 
 
 @torch.inference_mode()
 def compress_layer(
-    experts: Sequence[Expert], config: CompressConfig, seen: Seen | None = None
+    experts: Sequence[Expert], config: CompressConfig, seen: Seen | None = None, layer: int = 0
 ) -> list[FactoredExpert]:
-    """Every expert of a layer; `seen` where whitening or importance ask for it."""
+    """Every expert of a layer; `seen` where whitening or importance ask for it, `layer` where the
+    numbers of rows were decided."""
     if seen is None:
-        return [compress(expert, config) for expert in experts]
+        return [compress(expert, config, layer) for expert in experts]
+
+    def one(weight: Tensor, name: str, inputs: Tensor) -> Factored:
+        return factor(weight, config, inputs, config.kept(layer, name))
+
     pairs = zip(experts, seen.use, strict=True)
-    return [_compress_seen(expert, config, seen, use) for expert, use in pairs]
+    return [_assembled(expert, in_turn(expert, seen, use, one)) for expert, use in pairs]
 
 
-def _compress_seen(
-    expert: Expert, config: CompressConfig, seen: Seen, use: Usage
-) -> FactoredExpert:
-    """The down projection is decomposed on what the decomposed gate and up give it."""
+def in_turn(
+    expert: Expert, seen: Seen, use: Usage, make: Callable[[Tensor, str, Tensor], Factored]
+) -> dict[str, Factored]:
+    """Matrix -> what `make(weight, name, inputs)` gives on the sampled inputs times their gates;
+    the down projection on what the decomposed gate and up give it."""
     x, gates = seen.hidden[use.tokens], use.gates.float()[:, None]
-    names = [name for name in _names(expert) if name != "down"]
-    found = {name: factor(getattr(expert, name), config, x * gates) for name in names}
+    first = [name for name in names(expert) if name != "down"]
+    found = {name: make(getattr(expert, name), name, x * gates) for name in first}
     halves = {name: each.dense() for name, each in found.items()}
     made = Expert(**halves, down=expert.down, **_biases(expert)).map(at_least_fp32)
     neurons = activations(made, x, seen.act)
-    return _assembled(expert, found | {"down": factor(expert.down, config, neurons * gates)})
+    return found | {"down": make(expert.down, "down", neurons * gates)}
 
 
 def errors(experts: Sequence[Expert], made: Sequence[FactoredExpert]) -> dict[str, Any]:
     """Field -> |W - (U V + S)|^2 / |W|^2 over all experts of the layer."""
     found = {}
-    for name in _names(experts[0]):
+    for name in names(experts[0]):
         lost = energy = 0.0
         for expert, each in zip(experts, made, strict=True):
             whole = getattr(expert, name).double()
@@ -80,7 +91,8 @@ def errors(experts: Sequence[Expert], made: Sequence[FactoredExpert]) -> dict[st
     return {"compress_error": found}
 
 
-def _names(expert: Expert) -> list[str]:
+def names(expert: Expert) -> list[str]:
+    """Fields of its matrices."""
     return [name for name in expert.tensors() if not name.endswith("_bias")]
 
 

@@ -39,6 +39,7 @@ def decompose(
     config: CompressConfig,
     refit: RefitConfig,
     sample: Sample | None,
+    layer: int,
 ) -> tuple[Sequence[AnyExpert], dict[str, Any]]:
     """The experts of a layer as U V + S, and how much of them that leaves out.
 
@@ -46,11 +47,11 @@ def decompose(
         sample: None where neither whitening, importance nor a refit reads it.
     """
     if sample is None:
-        made = compress_layer(experts, config)
+        made = compress_layer(experts, config, layer=layer)
         return made, errors(experts, made)
     use = usage(sample.ids, sample.gates, len(experts))
     seen = Seen(sample.inputs.hidden.float(), use, activation(moe.checkpoint.config))
-    made = compress_layer(experts, config, seen if config.needs_inputs else None)
+    made = compress_layer(experts, config, seen if config.needs_inputs else None, layer)
     facts = errors(experts, made)
     if refit.enabled is not True:
         return made, facts

@@ -112,7 +112,7 @@ def _meta_expert(moe: MoeCheckpoint, decision: LayerDecision, config: ExportConf
     expert = kept_expert(moe, decision)
     if config.compress is None or not applies(config.compress, decision.layer):
         return expert
-    return compress(expert, config.compress)
+    return compress(expert, config.compress, decision.layer)
 
 
 def _header_bytes(tensors: Mapping[str, Tensor]) -> int:

@@ -297,7 +297,7 @@ def decomposed(
         return merged, {}
     reads = config.needs_inputs or unit.refit.enabled is True
     sample = sampled(unit, decision, merged, routers) if reads else None
-    return decompose(unit.moe, merged, config, unit.refit, sample)
+    return decompose(unit.moe, merged, config, unit.refit, sample, decision.layer)
 
 
 def sampled(

@@ -96,7 +96,7 @@ def _factors(
     moe: MoeCheckpoint, decision: LayerDecision, config: CompressConfig
 ) -> dict[str, list[int]]:
     """Matrix -> rank and kept rows (or columns), for config.json."""
-    found = shapes(kept_expert(moe, decision), config)
+    found = shapes(kept_expert(moe, decision), config, decision.layer)
     return {f"{field}_proj": [each.rank, each.kept] for field, each in found.items()}
 
 
