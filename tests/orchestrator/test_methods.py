@@ -50,7 +50,8 @@ def test_every_method_decides_on_one_observation(
 
     assert [each.layer for each in found] == list(range(LAYERS))
     assert [len(each.representatives) for each in found] == [3] * LAYERS
-    assert all(("drop" in actions(each)) == job.config.group.prunes for each in found)
+    assert all(("drop" in actions(each)) <= job.config.group.may_drop for each in found)
+    assert all(("merge" in actions(each)) <= (not job.config.group.prunes) for each in found)
     assert {
         "subsample": given[0].subsample is not None,
         "router": given[0].router is not None,
