@@ -99,6 +99,7 @@ def test_a_run_writes_what_the_method_decided(
 SAMPLED: dict[str, dict[str, Any]] = {
     "align-activations": {"align": {"by": "activations"}},
     "align-both": {"align": {"by": "both"}},
+    "merge-neurons": {"merge": {"by": "neurons"}},
     "router-least-squares": {"export": {"router": "least_squares"}},
     "router-reinit": {"export": {"router": "reinit"}},
 }
@@ -151,6 +152,18 @@ REFUSALS: dict[str, tuple[tuple[str, ...], list[str]]] = {
     "alignment without its sample": (
         ("align.by=both", OFF),
         ["align.by=both needs a sample of what enters the layers", "align.by=weights"],
+    ),
+    "neurons without their sample": (
+        ("merge.by=neurons", OFF),
+        ["merge.by=neurons needs a sample of what enters the layers", "merge.by=weights"],
+    ),
+    "dropping in a format that cannot": (
+        ("group={method: mixed}", "export={format: mapped}"),
+        ["mapped"],
+    ),
+    "pairs that cannot hold all experts": (
+        ("group={method: mixed, drop: false, budget: {experts_per_layer: 3}}",),
+        ["3 groups of 2 cannot hold 8 experts", "group.drop=true"],
     ),
     "a router without its sample": (
         ("export.router=least_squares", OFF),
