@@ -10,19 +10,25 @@ import argparse
 import json
 import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.output import show
+from benchmarks.pages import show_or_put
+from benchmarks.quality import rounded
+from models.atomic import write_json
 from orchestrator import run_folder
 from orchestrator.load import validate
 from orchestrator.preflight import prepare
 from orchestrator.run import observe, run
-from orchestrator.run_folder import RunFolder
+from orchestrator.run_folder import RunFolder, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLED = ROOT / "examples" / "bundled"
 WAYS = ("uniform", "probe", "predicted")
+# What stands between these lines of a page comes from the file.
+MARKS = ("<!-- divide: begin -->\n", "<!-- divide: end -->\n")
 
 
 def main() -> None:
@@ -33,7 +39,12 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "divide")
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--table", type=Path, help="print the table of such a file, run nothing")
+    parser.add_argument("--page", type=Path, help="with --table: write it between a page's marks")
     given = parser.parse_args()
+    if given.table:
+        show_or_put(table(json.loads(given.table.read_text())["rows"]), given.page, MARKS)
+        return
     out = given.out.absolute() / ("quick" if given.quick else "full")
     seeds, keeps = (1, (0.5,)) if given.quick else (given.seeds, (0.5, 0.25))
     rows = [
@@ -42,7 +53,24 @@ def main() -> None:
         for keep in keeps
         for way in WAYS
     ]
+    figures = {"versions": versions(), "seeds": list(range(seeds)), "rows": rounded(rows)}
+    write_json(out / "divide.json", {"benchmark": "one budget, divided"} | figures)
     show("divide", rows)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown: rise per way, all seeds, and the widths of the first one."""
+    lines = ["| share of the neurons | " + " | ".join(f"`{way}`" for way in WAYS) + " |"]
+    lines.append("|---|" + "---:|" * len(WAYS))
+    for keep in dict.fromkeys(row["keep"] for row in rows):
+        cells = []
+        for way in WAYS:
+            each = [row for row in rows if (row["keep"], row["way"]) == (keep, way)]
+            rises = ", ".join(f"{row['rise']:.3f}" for row in each)
+            widths = each[0]["widths"] if each else ""
+            cells.append(rises if way == "uniform" else f"{rises} ({widths})")
+        lines.append(f"| {100 * keep:.0f} % | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def measured(out: Path, seed: int, keep: float, way: str, *, quick: bool) -> dict[str, Any]:

@@ -22,7 +22,14 @@ from benchmarks.output import show
 from benchmarks.pages import show_or_put
 from benchmarks.quality_cell import Setup, measure_cell, observe_seed
 from benchmarks.quality_methods import METHODS, QUICK, Cell, cells
-from benchmarks.quality_summary import DEFAULT, best_other, default_over_best_other, fewer, summary
+from benchmarks.quality_summary import (
+    DEFAULT,
+    THOROUGH,
+    best_other,
+    fewer,
+    over_best_other,
+    summary,
+)
 from benchmarks.quality_table import MARKS, tables
 from models.atomic import write_json
 from orchestrator.errors import ConfigError
@@ -116,7 +123,11 @@ def plan(setup: Setup, options: argparse.Namespace, out: Path) -> dict[str, list
     ratios = (0.5,) if options.quick else RATIOS
     seeds = range(1 if options.quick else options.seeds)
     found = tuple(cells(chosen, ratios))
-    tasks = {"main": [Task(setup, seed, out / f"seed-{seed}", found) for seed in seeds]}
+    few = tuple(each for each in found if not METHODS[each.method].all_tokens)
+    tasks = {"main": [Task(setup, seed, out / f"seed-{seed}", few) for seed in seeds]}
+    if every := tuple(each for each in found if each not in few):
+        whole = replace(setup, sample=setup.tokens, statistics=False)
+        tasks["all tokens"] = [Task(whole, seed, out / f"seed-{seed}-all", every) for seed in seeds]
     if options.quick or options.only_comparison:
         return tasks
     for tokens in TOKENS:
@@ -157,7 +168,7 @@ def collect(
     def rows(name: str) -> list[dict[str, Any]]:
         return summary(original, [cell for each in results[name] for cell in each["cells"]])
 
-    main = rows("main")
+    main = rows("main") + (rows("all tokens") if "all tokens" in results else [])
     original = {key: value for key, value in original.items() if key != "continuations"}
     best = {fewer(r["keep"]): b["method"] for r in main if (b := best_other(main, r["keep"]))}
     found: dict[str, Any] = {
@@ -165,7 +176,8 @@ def collect(
         "setup": plans["main"][0].setup.settings(),
         "versions": versions(),
         "seeds": [task.seed for task in plans["main"]],
-        "default_over_best_other": default_over_best_other(main),
+        "default_over_best_other": over_best_other(main, DEFAULT),
+        "thorough_over_best_other": over_best_other(main, THOROUGH),
         "best_other": best,
         "original": original,
         "rows": main,
@@ -231,7 +243,8 @@ def main() -> None:
         found = collect(plans, results, options.domain)
         write_json(out / "quality.json", found)
     shown = ("method", "keep", "refit", "format", "perplexity", "rise", "kl", "agreement", "bytes")
-    figures = {key: found[key] for key in ("seeds", "default_over_best_other", "best_other")}
+    keys = ("seeds", "default_over_best_other", "thorough_over_best_other", "best_other")
+    figures = {key: found[key] for key in keys}
     show("quality without recovery", [{k: r[k] for k in shown} for r in found["rows"]], **figures)
 
 

@@ -151,7 +151,7 @@ def _build(observed: Observed, cell: Cell, folder: Path) -> dict[str, Any]:
     """Decides, transforms every layer and assembles `folder/output`; without the reload gate, since
     the folder is opened here anyway."""
     recipe, base = METHODS[cell.method], observed.run
-    update = {
+    update = recipe.sections | {
         "group": cell.group(observed.seed),
         "refit": cell.refit_section,
         "run_dir": folder,

@@ -19,10 +19,25 @@ class Recipe:
     control: bool = False
     # Words of the group section that take the seed of the calibration.
     seeded: tuple[str, ...] = field(default=())
+    # What other sections of a run's config say.
+    sections: dict[str, dict[str, Any]] = field(default_factory=dict)
+    # Refitted on all observed tokens, not on the sample of the others.
+    all_tokens: bool = False
+
+    @property
+    def only_refitted(self) -> bool:
+        """Whether there is nothing to measure without a refit."""
+        return self.control or "refit" in self.sections
 
 
 METHODS: dict[str, Recipe] = {
     "coalesce": Recipe({"method": "coalesce"}, published=False),
+    "coalesce thorough": Recipe(
+        {"method": "coalesce"},
+        published=False,
+        sections={"refit": {"preset": "thorough"}},
+        all_tokens=True,
+    ),
     "reap": Recipe({"method": "reap"}),
     "frequency": Recipe({"method": "frequency"}),
     "ean": Recipe({"method": "ean"}),
@@ -35,6 +50,10 @@ METHODS: dict[str, Recipe] = {
     "hc_smoe": Recipe({"method": "hc_smoe"}, "mapped"),
     "ream": Recipe({"method": "ream"}, "mapped"),
     "merge_moe": Recipe({"method": "merge_moe"}, "mapped"),
+    "mixed": Recipe({"method": "mixed"}, published=False),
+    "mc_smoe neurons": Recipe(
+        {"method": "mc_smoe"}, "mapped", published=False, sections={"merge": {"by": "neurons"}}
+    ),
     "random": Recipe({"method": "random"}, published=False, seeded=("seed",)),
     "control: fewer random experts": Recipe(
         {"method": "random"}, published=False, control=True, seeded=("seed",)
@@ -60,8 +79,9 @@ class Cell:
 
     @property
     def refit_section(self) -> dict[str, Any]:
-        """The refit section of a run's config: defaults, but for whether there is one."""
-        return {"enabled": self.refit}
+        """The refit section of a run's config: defaults, but for whether there is one, and what
+        the recipe says."""
+        return METHODS[self.method].sections.get("refit", {}) | {"enabled": self.refit}
 
     def group(self, seed: int) -> dict[str, Any]:
         """The group section of a run's config."""
@@ -71,11 +91,11 @@ class Cell:
 
 
 def cells(methods: Iterable[str], ratios: Iterable[float]) -> list[Cell]:
-    """Every method at every ratio, without refit and with it; a control is always refitted."""
+    """Every method at every ratio, without refit and with it; some only with it."""
     return [
         Cell(method, keep, refit)
         for keep in ratios
         for method in methods
         for refit in (False, True)
-        if refit or not METHODS[method].control
+        if refit or not METHODS[method].only_refitted
     ]

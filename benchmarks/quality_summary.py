@@ -11,6 +11,7 @@ from benchmarks.quality_methods import METHODS
 
 Row = dict[str, Any]
 DEFAULT = "coalesce"
+THOROUGH = "coalesce thorough"
 
 
 def rises(original: Mapping[str, Any], cell: Mapping[str, Any]) -> dict[str, float]:
@@ -38,12 +39,12 @@ def best_other(rows: Sequence[Row], keep: float) -> Row | None:
     return min(found, key=lambda row: row["rise"], default=None)
 
 
-def default_over_best_other(rows: Sequence[Row]) -> dict[str, float]:
-    """Share of the expert bytes that goes -> rise of the default over that of the best other."""
+def over_best_other(rows: Sequence[Row], method: str) -> dict[str, float]:
+    """Share of the expert bytes that goes -> rise of our method over that of the best other."""
     found = {}
     for row in rows:
         other = best_other(rows, row["keep"])
-        if row["method"] == DEFAULT and row["refit"] and other is not None:
+        if row["method"] == method and row["refit"] and other is not None:
             found[fewer(row["keep"])] = row["rise"] / other["rise"]
     return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from orchestrator import samples
-from orchestrator.preflight import Prepared, expected_layouts
+from orchestrator.preflight import Prepared, expected_decisions, expected_layouts
 from stages.calibrate.config import Engine
 from stages.corpus.overlap import BYTES_PER_TOKEN
 from stages.export.layout import FileLayout
@@ -68,7 +68,7 @@ def transform(run: Prepared) -> int:
     layouts = [each for variant in run.variants for each in expected_layouts(variant, moe)]
     largest = max(each.tensor_bytes for each in layouts)
     expert = max(moe.expert_bytes(layer) for layer in moe.layers)
-    reading = max(_refit(run), _alignment(run))
+    reading = max(_refit(run), _alignment(run), _pooling(run))
     held = 2 * largest + (moe.num_experts + 8) * expert
     return PROCESS_BYTES + held + reading + _compress(run)
 
@@ -82,6 +82,19 @@ def _alignment(run: Prepared) -> int:
     neurons = max(moe.meta_expert(layer).neurons for layer in moe.layers)
     inputs = 8 * sampled * moe.hidden_size
     return inputs + 16 * min(sampled, config.align.tokens) * neurons + 12 * neurons**2
+
+
+def _pooling(run: Prepared) -> int:
+    """The sampled inputs of a layer, and Gram matrices of the pooled neurons of one group: as many
+    members as a group has if all are of one size."""
+    config, moe = run.config, run.moe
+    if config.merge.by != "neurons" or config.group.prunes or config.group.narrows:
+        return 0
+    kept = min(len(each.representatives) for each in expected_decisions(run.variants[0], moe))
+    neurons = max(moe.meta_expert(layer).neurons for layer in moe.layers)
+    pooled = -(-moe.num_experts // kept) * neurons
+    tokens = samples.sampled_tokens(config.calibrate, moe)
+    return 4 * 8 * pooled**2 + 8 * tokens * moe.hidden_size
 
 
 def _compress(run: Prepared) -> int:

@@ -37,8 +37,9 @@ def needs(config: RunConfig, method: AnyMethod) -> frozenset[Need]:
 
 
 def _merges_by_sample(config: RunConfig, method: AnyMethod) -> bool:
-    """Whether alignment or router rows look at the sample; not where nothing is merged."""
-    wanted = config.align.watches or config.export.router == "least_squares"
+    """Whether merging or router rows look at the sample; not where nothing is merged."""
+    wanted = config.align.watches or config.merge.by == "neurons"
+    wanted = wanted or config.export.router == "least_squares"
     return wanted and not method.prunes and not method.narrows
 
 
@@ -88,6 +89,8 @@ def _asks_for_inputs(config: RunConfig) -> tuple[str, str]:
         return "refit.enabled=true", "refit.enabled=auto"
     if config.align.watches:
         return f"align.by={config.align.by}", "align.by=weights"
+    if config.merge.by == "neurons":
+        return "merge.by=neurons", "merge.by=weights"
     if config.export.router == "least_squares":
         return "export.router=least_squares", "export.router=mean"
     return "compress", "compress.importance=weights and compress.whiten=false"

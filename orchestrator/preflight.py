@@ -202,7 +202,7 @@ def expected_decisions(variant: Variant, moe: MoeCheckpoint) -> list[LayerDecisi
         method.check(moe.num_experts // groups, count // groups)
     kept |= dict.fromkeys(skipped, moe.num_experts)
     decisions = placeholder(moe, kept)
-    if method.prunes:
+    if method.may_drop:
         decisions = [_pruned(decision) for decision in decisions]
     form.check(moe, decisions)
     return decisions

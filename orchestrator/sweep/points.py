@@ -131,7 +131,7 @@ def formats(run: Prepared, method: AnyMethod) -> list[str]:
         return [wanted]
     if method.uneven:
         return ["mapped"]
-    plain = method.prunes or method.narrows
+    plain = method.may_drop or method.narrows
     return ["native", "mapped"] if plain else ["mapped", "native"]
 
 

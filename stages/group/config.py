@@ -64,6 +64,11 @@ class _Method(Settings):
         return False
 
     @property
+    def may_drop(self) -> bool:
+        """Whether some experts may be dropped, even if others are merged."""
+        return self.prunes
+
+    @property
     def narrows(self) -> bool:
         """Whether experts lose neurons."""
         return False
@@ -296,6 +301,42 @@ class Naee(_Pruning):
             )
 
 
+class Mixed(_Method):
+    """Keeps, merges or drops by exact sums. Use when: some experts have twins, others no use."""
+
+    method: Literal["mixed"] = "mixed"
+    needs = ("subsample",)
+    # Which steps may be taken.
+    merge: bool = True
+    drop: bool = True
+    # Members of a group; None: any number. The sums are exact for two.
+    group_size: int | None = Field(default=2, ge=2)
+
+    @model_validator(mode="after")
+    def _some_step(self) -> Mixed:
+        if not (self.merge or self.drop):
+            raise ValueError("merge and drop are both false: no expert could go")
+        return self
+
+    @property
+    def prunes(self) -> bool:
+        return not self.merge
+
+    @property
+    def may_drop(self) -> bool:
+        """Unless `drop` is off."""
+        return self.drop
+
+    def check(self, experts: int, kept: int) -> None:
+        """Groups must hold all experts where none may be dropped."""
+        if not self.drop and self.group_size is not None and kept * self.group_size < experts:
+            raise BudgetError(
+                f"{kept} groups of {self.group_size} cannot hold {experts} experts, and"
+                " group.drop=false",
+                f"set group.group_size to {-(-experts // kept)} or more, or group.drop=true",
+            )
+
+
 class Random(_Method):
     """Chance, by a seed. Use when: a method has to show that it finds anything."""
 
@@ -321,6 +362,7 @@ AnyMethod = (
     | Msan
     | Stun
     | Naee
+    | Mixed
     | Random
 )
 GroupConfig = Annotated[AnyMethod, Field(discriminator="method")]
@@ -337,5 +379,6 @@ METHODS: dict[str, type[AnyMethod]] = {
     "msan": Msan,
     "stun": Stun,
     "naee": Naee,
+    "mixed": Mixed,
     "random": Random,
 }

@@ -6,7 +6,7 @@ from typing import Literal
 
 from stages.settings import Settings
 
-VERSION = 2
+VERSION = 3
 
 
 class MergeConfig(Settings):
@@ -16,3 +16,6 @@ class MergeConfig(Settings):
     # layer's selections. saliency: REAP's mean g|f|. alpha: what costs least on the sampled
     # tokens, exactly for pairs (needs calibrate.sample).
     weights: Literal["method", "frequency", "saliency", "uniform", "alpha"] = "method"
+    # What is merged. weights: aligned experts are averaged. neurons: those of all members are
+    # pooled, and the best of them kept (docs/reduction.md); needs calibrate.sample.
+    by: Literal["weights", "neurons"] = "weights"

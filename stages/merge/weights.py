@@ -65,8 +65,13 @@ def alpha(decision: LayerDecision, swap: Array, both: Array) -> Array:
     """
     found = np.ones(len(decision.group))
     for members in decision.members:
-        ids = np.ix_(members, members)
-        counts = (swap[ids] + both[ids]).sum(axis=1)
-        total = counts.sum()
-        found[list(members)] = counts / total if total > 0 else 1 / len(members)
+        found[list(members)] = pairwise_alpha(swap, both, members)
     return found
+
+
+def pairwise_alpha(swap: Array, both: Array, members: Sequence[int]) -> Array:
+    """[M] the weights of one group's members, as in `alpha`."""
+    ids = np.ix_(members, members)
+    counts = (swap[ids] + both[ids]).sum(axis=1)
+    total = counts.sum()
+    return counts / total if total > 0 else np.full(len(members), 1 / len(members))

@@ -25,10 +25,11 @@ from stages.corpus.stage import read_blocks
 from stages.errors import StatisticsError
 from stages.evaluate.metrics import kl_divergence, sampled_positions
 from stages.inputs.read import LayerInputs
+from stages.merge.groups import merge_groups
 from stages.model import batch_of, load_model, pad_id
 from stages.probe.config import VERSION, ProbeConfig
 from stages.refit.layer import held_out
-from stages.transform.stage import TransformUnit, merge_groups, reduce_layer
+from stages.transform.stage import TransformUnit, reduce_layer
 from stages.unit import Done, Fingerprint, OneFile, execute
 
 SCHEMA = pa.schema(

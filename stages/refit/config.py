@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stages.settings import Settings
 
-VERSION = 1
+VERSION = 2
 
 
 class PolishConfig(Settings):
@@ -27,9 +28,19 @@ class PolishConfig(Settings):
     seed: int = Field(default=0, ge=0)
 
 
+# What a preset sets where the config says nothing.
+_PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "thorough": {"target": "sequential", "held_out": 0.1, "polish": {"steps": 600}},
+}
+
+
 class RefitConfig(Settings):
     """Needs the layer-input sample (`calibrate.sample`). Off: reduced experts stay as they are."""
 
+    # thorough: layer after layer towards the original residual stream, 600 polish steps, a tenth of
+    # the sample held out. Several times the work; docs/reduction.md says what it brings.
+    preset: Literal["default", "thorough"] = "default"
     # auto: with methods that narrow experts. Baselines are never refitted.
     enabled: bool | Literal["auto"] = "auto"
     # What a layer is fitted to (docs/reduction.md). original: its own outputs on its own inputs, so
@@ -47,6 +58,18 @@ class RefitConfig(Settings):
     # are solved one after another until nothing moves. The Gram matrix takes 8 times its square.
     joint_limit: int = Field(default=8192, ge=0)
     polish: PolishConfig = PolishConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, values: Any) -> Any:
+        """What is given counts before what the preset says."""
+        if not isinstance(values, Mapping):
+            return values
+        preset = _PRESETS.get(str(values.get("preset", "default")), {})
+        found, polish = preset | dict(values), values.get("polish")
+        if isinstance(polish, Mapping) and "polish" in preset:
+            found["polish"] = preset["polish"] | dict(polish)
+        return found
 
     def applies(self, narrows: bool) -> bool:
         """Whether a method is refitted, which `narrows` experts or does not."""

@@ -23,8 +23,7 @@ from models.moe import MoeCheckpoint
 from models.routing import route
 from stages.align.config import VERSION as ALIGN_VERSION
 from stages.align.config import AlignConfig
-from stages.align.matching import align, squared_distance
-from stages.align.sample import Seen, watched
+from stages.align.sample import watched
 from stages.carry.read import carried
 from stages.compress.config import CompressConfig
 from stages.compress.layer import applies
@@ -39,7 +38,7 @@ from stages.group.decision import LayerDecision
 from stages.inputs.read import LayerInputs
 from stages.merge.config import VERSION as MERGE_VERSION
 from stages.merge.config import MergeConfig
-from stages.merge.mean import merge
+from stages.merge.groups import merge_groups, pool_groups
 from stages.narrow.config import VERSION as NARROW_VERSION
 from stages.narrow.config import NarrowConfig
 from stages.refit.config import VERSION as REFIT_VERSION
@@ -109,15 +108,20 @@ class TransformUnit(OneFile):
 
     @property
     def reads_sample(self) -> bool:
-        """Whether merging itself looks at the layer's sample: alignment, or the router's rows."""
-        return self.merges and (self.align.watches or self.export.router == "least_squares")
+        """Whether merging itself looks at the layer's sample: alignment, neurons, router rows."""
+        watches = self.align.watches or self.merge.by == "neurons"
+        return self.merges and (watches or self.export.router == "least_squares")
 
     @property
     def _sample(self) -> Fingerprint:
         """What merging by the sample depends on beside the rest."""
         if not self.reads_sample:
             return {}
-        return {"sample": [self.inputs and self.inputs[1], self.task and dict(self.task)]}
+        digest = self.inputs and self.inputs[1]
+        found: Fingerprint = {"sample": [digest, self.task and dict(self.task)]}
+        if self.merge.by == "neurons":
+            found |= {"pool": [f"narrow-{NARROW_VERSION}", self.narrow.ridge]}
+        return found
 
     @property
     def needs_inputs(self) -> bool:
@@ -250,10 +254,13 @@ def merge_layer(
     """Merged experts, the router's tensors with the rows that groups get, and facts of both."""
     task = None if unit.task is None else dict(unit.task)
     inputs = LayerInputs.read(unit.inputs[0]) if unit.reads_sample and unit.inputs else None
-    seen = None
-    if inputs is not None and unit.align.watches:
-        seen = watched(unit.moe, inputs, unit.align, task)
-    merged, distances = merge_groups(unit.moe, decision, unit.align, unit.merge, seen)
+    if inputs is not None and unit.merge.by == "neurons":
+        configs = unit.align, unit.merge, unit.narrow
+        merged, distances = pool_groups(unit.moe, decision, *configs, inputs, task)
+    else:
+        watches = inputs is not None and unit.align.watches
+        seen = watched(unit.moe, inputs, unit.align, task) if inputs and watches else None
+        merged, distances = merge_groups(unit.moe, decision, unit.align, unit.merge, seen)
     routers = unit.moe.checkpoint.read(unit.moe.router_names(decision.layer))
     routers, facts = settled_routers(unit.export, unit.moe, decision, routers, inputs, task)
     return merged, routers, distances | facts
@@ -352,41 +359,6 @@ def _routing(
         return route(unit.moe, config, decision.layer, cut, inputs.hidden)
     group = torch.tensor([-1 if each is None else each for each in decision.group])
     return group[inputs.ids], inputs.gates
-
-
-def merge_groups(
-    moe: MoeCheckpoint,
-    decision: LayerDecision,
-    align_config: AlignConfig,
-    config: MergeConfig,
-    seen: Seen | None = None,
-) -> tuple[list[Expert], dict[str, float]]:
-    """One expert per group, and the squared distances to the representatives.
-
-    Only the members of one group are held beside the results.
-
-    Args:
-        seen: what an expert's neurons do on sampled tokens; needed where weights do not decide.
-    """
-    merged: list[Expert] = []
-    before = after = 0.0
-    for representative, members in zip(decision.representatives, decision.members, strict=True):
-        experts = dict(zip(members, moe.read_experts(decision.layer, list(members)), strict=True))
-        reference = experts[representative]
-        watched = None if seen is None or len(members) == 1 else seen(reference)
-        for expert in members:
-            if expert == representative:
-                continue
-            before += squared_distance(reference, experts[expert])
-            if align_config.enabled:
-                target = experts[expert]
-                both = None if seen is None or watched is None else (watched, seen(target))
-                experts[expert] = align(reference, target, align_config.by, both)
-            after += squared_distance(reference, experts[expert])
-        uniform = config.weights == "uniform"
-        weights = [1.0 if uniform else decision.weight[expert] for expert in members]
-        merged.append(merge([experts[expert] for expert in members], weights))
-    return merged, {"distance_before": before, "distance_after": after}
 
 
 def _refuse_non_finite(unit: TransformUnit, tensors: dict[str, Tensor]) -> None:

@@ -29,7 +29,7 @@ from stages.export.formats import FORMATS
 from stages.export.layout import file_layouts
 from stages.group.decision import LayerDecision, from_labels
 from stages.merge.config import MergeConfig
-from stages.transform.stage import merge_groups
+from stages.merge.groups import merge_groups
 from tests.planted_families import (
     EXPERTS,
     KEPT,

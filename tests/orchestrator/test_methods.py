@@ -50,7 +50,8 @@ def test_every_method_decides_on_one_observation(
 
     assert [each.layer for each in found] == list(range(LAYERS))
     assert [len(each.representatives) for each in found] == [3] * LAYERS
-    assert all(("drop" in actions(each)) == job.config.group.prunes for each in found)
+    assert all(("drop" in actions(each)) <= job.config.group.may_drop for each in found)
+    assert all(("merge" in actions(each)) <= (not job.config.group.prunes) for each in found)
     assert {
         "subsample": given[0].subsample is not None,
         "router": given[0].router is not None,
@@ -98,6 +99,7 @@ def test_a_run_writes_what_the_method_decided(
 SAMPLED: dict[str, dict[str, Any]] = {
     "align-activations": {"align": {"by": "activations"}},
     "align-both": {"align": {"by": "both"}},
+    "merge-neurons": {"merge": {"by": "neurons"}},
     "router-least-squares": {"export": {"router": "least_squares"}},
     "router-reinit": {"export": {"router": "reinit"}},
 }
@@ -150,6 +152,18 @@ REFUSALS: dict[str, tuple[tuple[str, ...], list[str]]] = {
     "alignment without its sample": (
         ("align.by=both", OFF),
         ["align.by=both needs a sample of what enters the layers", "align.by=weights"],
+    ),
+    "neurons without their sample": (
+        ("merge.by=neurons", OFF),
+        ["merge.by=neurons needs a sample of what enters the layers", "merge.by=weights"],
+    ),
+    "dropping in a format that cannot": (
+        ("group={method: mixed}", "export={format: mapped}"),
+        ["mapped"],
+    ),
+    "pairs that cannot hold all experts": (
+        ("group={method: mixed, drop: false, budget: {experts_per_layer: 3}}",),
+        ["3 groups of 2 cannot hold 8 experts", "group.drop=true"],
     ),
     "a router without its sample": (
         ("export.router=least_squares", OFF),

@@ -8,6 +8,7 @@ from stages.group.methods import (
     hc_smoe,
     mc_smoe,
     merge_moe,
+    mixed,
     msan,
     naee,
     random,
@@ -30,5 +31,6 @@ DECIDE: dict[str, Decide] = {
     "msan": msan.decide,
     "stun": stun.decide,
     "naee": naee.decide,
+    "mixed": mixed.decide,
     "random": random.decide,
 }

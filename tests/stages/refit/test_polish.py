@@ -11,7 +11,7 @@ from torch import Tensor
 from models.expert import Expert
 from models.expert_function import activation
 from stages.refit.config import PolishConfig
-from stages.refit.polish import layer_output, polish
+from stages.refit.polish import layer_output, polish, stacked_output
 from tests.tiny import apply, random_expert
 
 HIDDEN, NEURONS, EXPERTS, TOKENS = 6, 5, 3, 200
@@ -42,6 +42,40 @@ def test_the_layer_is_the_weighted_sum_of_its_experts() -> None:
             if expert >= 0:
                 expected[token] += gate * apply(experts[expert], x[token : token + 1])[0]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("biases", [False, True])
+@pytest.mark.parametrize("skewed", [False, True])
+def test_experts_in_one_tensor_compute_the_same(skewed: bool, biases: bool) -> None:
+    """Balanced, where they are padded, and with nearly all tokens at one of many experts."""
+    count = 12 if skewed else EXPERTS
+    experts = [
+        random_expert(NEURONS, HIDDEN, seed, gated=True, biases=biases) for seed in range(count)
+    ]
+    generator = torch.Generator().manual_seed(1)
+    x, gates = torch.randn(TOKENS, HIDDEN, generator=generator), torch.rand(TOKENS, 2)
+    ids = torch.stack([torch.arange(TOKENS) % count, torch.arange(1, TOKENS + 1) % count], dim=1)
+    if skewed:
+        ids[20:, 0], ids[20:, 1] = 3, -1
+    tensors = [expert.tensors() for expert in experts]
+    stacked = Expert(**{name: torch.stack([t[name] for t in tensors]) for name in tensors[0]})
+
+    found = stacked_output(stacked, x, ids, gates, SILU)
+
+    torch.testing.assert_close(found, layer_output(experts, x, ids, gates, SILU))
+
+
+def test_no_token_that_is_routed_nowhere_matters() -> None:
+    experts, x, (_, gates) = layer()
+    stacked = Expert(
+        up=torch.stack([e.up for e in experts]), down=torch.stack([e.down for e in experts])
+    )
+
+    found = stacked_output(
+        stacked, x, torch.full_like(gates, -1, dtype=torch.long), gates, lambda _, up: up
+    )
+
+    assert not found.any()
 
 
 def test_steps_come_nearer_to_the_target() -> None:

@@ -17,8 +17,9 @@ from stages.align.matching import align
 from stages.export.config import ExportConfig
 from stages.group.decision import LayerDecision, from_labels
 from stages.merge.config import MergeConfig
+from stages.merge.groups import merge_groups
 from stages.merge.mean import merge
-from stages.transform.stage import merge_groups, run_one
+from stages.transform.stage import run_one
 from stages.unit import execute
 from tests.tiny import (
     EXPERTS,

@@ -19,6 +19,7 @@ from stages.group.config import (
     HcSmoe,
     McSmoe,
     MergeMoe,
+    Mixed,
     Msan,
     Naee,
     Random,
@@ -52,6 +53,9 @@ CONFIGS: list[AnyMethod] = [
     Stun(),
     Stun(others="merge"),
     Naee(),
+    Mixed(),
+    Mixed(drop=False, group_size=None),
+    Mixed(merge=False),
     Random(),
     Random(others="merge"),
 ]
@@ -94,7 +98,8 @@ def test_the_budget_is_met_to_the_expert_by_dropping_or_by_merging(
         assert config.uneven or len(each.representatives) == kept
         assert all(r in m for r, m in zip(each.representatives, each.members, strict=True))
         dropped = each.group.count(None)
-        assert dropped == (experts - kept if config.prunes else 0)
+        if config.prunes or not config.may_drop:
+            assert dropped == (experts - kept if config.prunes else 0)
         assert len(each.weight) == experts
         assert all(0 <= weight < np.inf for weight in each.weight)
 
@@ -198,4 +203,4 @@ def test_every_method_is_tested_here_and_says_when_to_use_it() -> None:
         text = config.__doc__ or ""
         assert "Use when: " in text
         assert "\n" not in text.strip()
-        assert "arXiv" in text or config in (Frequency, Random)
+        assert "arXiv" in text or config in (Frequency, Mixed, Random)

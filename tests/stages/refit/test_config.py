@@ -1,0 +1,40 @@
+"""The preset of the refit: what it sets, and that what is written beside it counts first."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from stages.refit.config import PolishConfig, RefitConfig
+
+
+def test_thorough_means_layer_after_layer_and_more_steps() -> None:
+    plain, thorough = RefitConfig(), RefitConfig(preset="thorough")
+
+    assert (plain.target, plain.polish.steps) == ("original", 150)
+    assert (thorough.target, thorough.polish.steps) == ("sequential", 600)
+    assert thorough.together == 1
+    assert thorough.held_out < plain.held_out
+    assert thorough.polish.batch == plain.polish.batch
+
+
+def test_what_is_written_counts_before_the_preset() -> None:
+    found = RefitConfig.model_validate(
+        {"preset": "thorough", "target": "blockwise", "polish": {"steps": 7, "rate": 0.1}}
+    )
+
+    assert found.target == "blockwise"
+    assert (found.polish.steps, found.polish.rate) == (7, 0.1)
+    given = RefitConfig(preset="thorough", polish=PolishConfig(rate=0.1))
+    assert (given.target, given.polish.steps) == ("sequential", 150)
+
+
+def test_a_dumped_section_is_read_back_unchanged() -> None:
+    for found in (RefitConfig(), RefitConfig(preset="thorough", held_out=0.3)):
+        assert RefitConfig.model_validate(found.model_dump(mode="json")) == found
+        assert RefitConfig.model_validate_json(found.model_dump_json()) == found
+
+
+def test_an_unknown_preset_is_refused() -> None:
+    with pytest.raises(ValidationError, match=r"thorough"):
+        RefitConfig.model_validate({"preset": "slow"})
