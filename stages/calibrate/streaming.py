@@ -30,102 +30,13 @@ def observe(
     """
     sparse = [i for i, layer in enumerate(model.layers) if find_block(layer) is not None]
     with scratch(output) as folder:
-<<<<<<< HEAD
         passage = Passage(model, [batch.rows for batch in batches], folder)
-=======
-        shard = _Shard(model, batches, folder)
->>>>>>> refs/heads/w-momentum
         # Nothing is observed behind the last sparse layer.
         for index in range(max(sparse, default=-1) + 1):
             with model.layer(index) as layer:
                 block = find_block(layer)
                 watched = {} if block is None else {index: block}
                 for number, batch in enumerate(batches):
-<<<<<<< HEAD
                     with watching(watched, passage.mask(number)) as seen:
                         passage.advance(number, layer, index)
                     recorder.add(batch, seen)
-=======
-                    recorder.add(batch, shard.advance(number, layer, index))
-
-
-class _Shard:
-    """The batches of a shard on their way through the layers."""
-
-    def __init__(self, model: StreamedModel, batches: Sequence[Batch], folder: Path) -> None:
-        self._model = model
-        self._batches = batches
-        self._files = [HiddenStates(folder / f"batch-{i:05d}") for i in range(len(batches))]
-        self._kept: dict[int, _Arguments] = {}
-        self._room = KEPT_ARGUMENT_BYTES
-
-    def advance(self, number: int, layer: nn.Module, index: int) -> dict[int, Routed]:
-        """Takes one batch through one layer; what its MoE block did, if it has one."""
-        mask, calls = self._kept.get(number) or self._arguments(number, first=index == 0)
-        file, call, block = self._files[number], calls[index], find_block(layer)
-        hidden = file.read(call.hidden).to(self._model.device)
-        with watching({} if block is None else {index: block}, mask) as seen:
-            file.write(call.run(layer, hidden))
-        return seen
-
-    def _arguments(self, number: int, *, first: bool) -> _Arguments:
-        """What the model passes to its layers; hidden states are stored `first`, then let go."""
-        model, rows = self._model, self._batches[number].rows
-        ids, mask = batch_of(rows, pad_id(model), model.device)
-        calls = model.calls(input_ids=ids, attention_mask=mask)
-        if first:
-            self._files[number].write(calls[0].hidden)
-        found = mask, [call.without_hidden() for call in calls]
-        size = argument_bytes(calls)
-        if size <= self._room:
-            self._room -= size
-            self._kept[number] = found
-        return found
-
-
-class HiddenStates:
-    """The hidden states `[B, S, H]` of one batch in a file, in the type that the model runs in.
-
-    With momentum they are `[B, S, 1 + n, H]` between layers: a layer's output is stored whole.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._shape: torch.Size | None = None
-
-    def write(self, hidden: Tensor) -> None:
-        """Over what is there. Not through the mapping: a full disk would kill the process."""
-        raw = hidden.contiguous().view(torch.uint8).numpy(force=True)
-        self._path.touch()
-        self._shape = hidden.shape
-        with reporting_full_disk(self._path), self._path.open("r+b") as file:
-            file.write(raw.data)
-
-    def read(self, like: Tensor) -> Tensor:
-        """What was written, on the CPU, in the type of `like`; pages are read when touched.
-
-        It has the shape of `like` unless layers pass more than a hidden state to each other.
-        """
-        shape, path = self._shape or like.shape, str(self._path)
-        size = math.prod(shape)
-        mapped = torch.from_file(path, shared=False, size=size, dtype=like.dtype, device="cpu")
-        return mapped.view(shape)
-
-
-@contextmanager
-def scratch(output: Path) -> Iterator[Path]:
-    """A folder beside the output that is gone afterwards."""
-    # Two attempts at one shard never share hidden states.
-    folder = output.with_name(f".{output.name}.{attempt()}{_SUFFIX}")
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def remove_stale(output: Path) -> None:
-    """Frees what attempts at this shard left that were killed."""
-    for folder in output.parent.glob(f".{output.name}.*{_SUFFIX}"):
-        shutil.rmtree(folder, ignore_errors=True)
->>>>>>> refs/heads/w-momentum

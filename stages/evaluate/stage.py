@@ -19,8 +19,8 @@ from stages.corpus.blocks import Block
 from stages.corpus.stage import read_domain
 from stages.errors import DataError
 from stages.evaluate.config import VERSION, EvaluateConfig
-from stages.evaluate.forward import Logits, resident, streamed
 from stages.evaluate.metrics import kl_divergence, next_token_losses, overall, sampled_positions
+from stages.forward import Logits, resident, streamed
 from stages.model import load_model
 from stages.passage import remove_stale
 from stages.unit import Fingerprint, beside

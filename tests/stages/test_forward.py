@@ -10,7 +10,7 @@ import torch
 from models.classes import prepare_classes
 from models.mapped.registration import register
 from models.streaming.model import open_streamed
-from stages.evaluate.forward import Logits, resident, streamed
+from stages.forward import Logits, resident, streamed
 from stages.model import load_model
 from tests.stages.export.test_gate_layerwise import MAPPED, unit_of
 
