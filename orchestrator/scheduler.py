@@ -19,6 +19,9 @@ from stages.unit import Done, Unit, execute, peak_rss, read_marker, reset_peak_r
 U = TypeVar("U", bound=Unit)
 
 
+_BY_TOKENS = ("calibrate", "carry", "evaluate", "teach", "recover")
+
+
 class Scheduler:
     """Feeds stages to an executor; keeps the outcome of every unit."""
 
@@ -38,6 +41,15 @@ class Scheduler:
         self._gpus = gpus_per_worker
         self._logs = logs
         self.done: dict[str, list[Done]] = {}
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the run was asked to stop once what is under way has ended."""
+        return self._stop()
+
+    def stopped(self) -> None:
+        """Raises Interrupted if it was."""
+        self._stop.check()
 
     def run(
         self,
@@ -152,7 +164,7 @@ class _Progress:
 
     def __init__(self, events: EventLog, stage: str, units: int) -> None:
         self._events, self._stage, self._units = events, stage, units
-        self._measure = "tokens" if stage in ("calibrate", "carry", "evaluate") else "bytes"
+        self._measure = "tokens" if stage in _BY_TOKENS else "bytes"
         self._done = self._fresh = self._amount = 0
         # Units that are found done only have their digests checked: no measure of the speed.
         self._begun = time.monotonic()
