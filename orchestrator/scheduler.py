@@ -14,6 +14,7 @@ from orchestrator.config import ExecutorConfig
 from orchestrator.events import EventLog
 from orchestrator.interrupt import Stop
 from orchestrator.unit_log import LogFolder, logged
+from stages.errors import Paused
 from stages.unit import Done, Unit, execute, peak_rss, read_marker, reset_peak_rss
 
 U = TypeVar("U", bound=Unit)
@@ -153,7 +154,7 @@ class Scheduler:
 
     def _failed(self, stage: str, logs: LogFolder | None, error: Exception) -> None:
         name = getattr(error, "unit", None)
-        if name is not None:
+        if name is not None and not isinstance(error, Paused):
             self._events.emit("unit_failed", stage=stage, unit=name, error=_first_line(str(error)))
             if logs is not None and not getattr(error, "__notes__", None):
                 error.add_note(logs.note(name))
