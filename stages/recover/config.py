@@ -59,6 +59,18 @@ class DeepSpeedConfig(Settings):
         return self
 
 
+class PruneConfig(Settings):
+    """How rows of S go during training; for programs (`stages/recover/api.py`), not for runs."""
+
+    # Share of the values of all S that stays.
+    target: float = Field(default=0.1, ge=0, le=1)
+    # Steps before the first row goes, and steps at the end in which none does.
+    warmup: int = Field(default=0, ge=0)
+    final: int = Field(default=0, ge=0)
+    # Smoothing of the sensitivity.
+    beta: float = Field(default=0.85, ge=0, lt=1)
+
+
 class RecoverConfig(Settings):
     """Which values are trained, on how much text, and how fast."""
 
