@@ -59,7 +59,7 @@ class Pruning:
             )
 
     def apply(self, step: int) -> dict[str, Tensor]:
-        """Zeroes what falls out after `step` updates; returns the rows that stay, `[K, n]` by name."""
+        """Zeroes what falls out after `step` updates; returns rows that stay, `[K, n]` by name."""
         config = self._config
         share = kept_share(step, self._steps, config.warmup, config.final, config.target)
         widths = {name: part.shape[2] for name, part in self._parts.items()}
