@@ -19,6 +19,7 @@ from stages.group.config import Coalesce, GroupConfig, Uncurl
 from stages.merge.config import MergeConfig
 from stages.narrow.config import NarrowConfig
 from stages.probe.config import ProbeConfig
+from stages.recover.config import RecoverConfig
 from stages.refit.config import RefitConfig
 from stages.settings import Settings
 from stages.upload.config import UploadConfig
@@ -123,6 +124,8 @@ class RunConfig(Settings):
     # None: the experts that are left keep whole matrices.
     compress: CompressConfig | None = None
     export: ExportConfig = ExportConfig()
+    # None: no value is trained.
+    recover: RecoverConfig | None = None
     # Read where group.divide=probe.
     probe: ProbeConfig = ProbeConfig()
     # None: nothing is measured, and the report says so.
@@ -178,6 +181,16 @@ class RunConfig(Settings):
             raise ValueError("write the section `compress` beside `export`, not in it")
         if self.compress is not None and self.compress.numbers is not None:
             raise ValueError("compress.numbers is decided by compress.threshold=global, not given")
+        return self
+
+    @model_validator(mode="after")
+    def _ranks_need_ray(self) -> Self:
+        recover = self.recover
+        if recover is not None and recover.dealt_out and self.executor.kind == "local":
+            raise ValueError(
+                f"recover.ranks={recover.ranks} with DeepSpeed needs executor.kind=ray; one process"
+                " trains without it: recover.ranks=1 and recover.deepspeed=null"
+            )
         return self
 
     @model_validator(mode="after")

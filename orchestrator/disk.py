@@ -39,6 +39,7 @@ def needs(run: Prepared) -> list[Need]:
     hidden = hidden_bytes(run)
     fewer = "or lower executor.workers or calibrate.sample.tokens"
     refit = "or lower refit.together or calibrate.data.tokens"
+    taught = "or lower recover.teacher.top"
     baselines = "or drop baselines with evaluate.baselines=[]"
     written = models + measured_bytes(run)
     found = [
@@ -46,6 +47,7 @@ def needs(run: Prepared) -> list[Need]:
         ("while outputs are evaluated by layers", written + evaluation_bytes(run), baselines),
         (f"while the hidden states of {shards_at_once(run)} shards stream", hidden, _STREAMS),
         ("while all experts are evaluated", scratch, fewer),
+        ("while the output is trained", models + recover_bytes(run), taught),
         ("while layers are refitted behind reduced ones", models + carried_bytes(run), refit),
     ]
     return [
@@ -132,6 +134,17 @@ def evaluation_bytes(run: Prepared) -> int:
 def shards_at_once(run: Prepared) -> int:
     """Every process streams a shard of its own."""
     return min(engine.worker_count(run), run.config.calibrate.shards)
+
+
+def recover_bytes(run: Prepared) -> int:
+    """Trained files, the teacher's predictions, text, and three states: two that are kept and one
+    that is being written."""
+    config = run.config.recover
+    if config is None:
+        return 0
+    trained = sum(each.file_bytes for each in expected_layouts(run.variants[0], run.moe))
+    text = 4 * (config.data or run.config.calibrate.data).tokens
+    return trained + estimate.taught_bytes(run) + 3 * estimate.state_bytes(run) + text
 
 
 def check_disk(run: Prepared) -> None:

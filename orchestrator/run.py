@@ -16,7 +16,17 @@ import yaml
 from models.arrow import read_table, write_table
 from models.atomic import file_digest, write_bytes, write_json
 from models.remote.origin import held_here
-from orchestrator import chain, engine, estimate, pipeline, run_folder, samples, shared, threshold
+from orchestrator import (
+    chain,
+    engine,
+    estimate,
+    pipeline,
+    recovery,
+    run_folder,
+    samples,
+    shared,
+    threshold,
+)
 from orchestrator.decide import decide
 from orchestrator.events import EventLog, Listener
 from orchestrator.interrupt import heeding_signals
@@ -27,7 +37,7 @@ from orchestrator.preflight import Prepared, Variant
 from orchestrator.report.card import render_card
 from orchestrator.report.collect import Collected, collect, found_cautions
 from orchestrator.report.write import write_report
-from orchestrator.run_folder import MAIN, RunFolder
+from orchestrator.run_folder import MAIN, RECOVERED, RunFolder
 from orchestrator.scheduler import Scheduler, open_executor
 from stages.calibrate import coverage
 from stages.calibrate import stage as calibrate
@@ -74,7 +84,9 @@ def run(prepared: Prepared, listeners: Sequence[Listener] = ()) -> Path:
         _probe(prepared, scheduler)
         decided = _decide(prepared, scheduler, statistics, events)
         prepared, decided = _threshold(prepared, scheduler, decided)
-        _write_models(prepared, scheduler, decided, events)
+        written = _write_models(prepared, scheduler, decided, events)
+        if prepared.config.recover is not None:
+            recovery.recovered(prepared, scheduler, events, written)
         measured = _measure(prepared, scheduler, decided, events)
         for message in _report(prepared, scheduler, statistics, decided, measured):
             events.emit("warning", message=message)
@@ -243,8 +255,12 @@ def _threshold(
 
 def _write_models(
     prepared: Prepared, scheduler: Scheduler, decided: Sequence[Decided], events: EventLog
-) -> None:
-    """Layer files of all variants fan out together; then every folder is assembled and tried."""
+) -> export.ExportUnit:
+    """Layer files of all variants fan out together; then every folder is assembled and tried.
+
+    Returns:
+        the main variant's folder, before any training.
+    """
     needed = [each for each in decided if not _measured_already(prepared, each)]
     plans = [
         pipeline.transform_units(prepared, each.variant, each.decisions, each.layouts)
@@ -262,6 +278,7 @@ def _write_models(
         for each, units in zip(needed, plans, strict=True)
     ]
     scheduler.run("export", exports, export.run_one, choice.worker_bytes)
+    return exports[0]
 
 
 def _measured_already(prepared: Prepared, decided: Decided) -> bool:
@@ -288,6 +305,8 @@ def _measure(
     plan = partial(pipeline.evaluate_units, prepared, domains=domains, engine=choice.engine)
     first = plan(ORIGINAL, decisions=[])
     rest = [u for each in decided for u in plan(each.variant.name, decisions=each.decisions)]
+    if prepared.config.recover is not None:
+        rest += plan(RECOVERED, decisions=decided[0].decisions)
     memory = choice.worker_bytes
     outcomes = scheduler.run_model("evaluate", first, evaluate.make_worker, memory)
     outcomes += scheduler.run_model("evaluate", rest, evaluate.make_worker, memory)

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from models.atomic import attempt, text_digest
-from models.checkpoint import Checkpoint
-from stages.errors import TrainingError
-from stages.recover.config import RecoverConfig
+from models.atomic import attempt, quick_digest, text_digest, write_json
+from models.checkpoint import INDEX, Checkpoint
+from stages.errors import Paused, TrainingError
+from stages.recover.config import PruneConfig, RecoverConfig
+from stages.recover.pruning import Cut, cut_of
 from stages.recover.trainer import Trained, Training, train
 from stages.recover.written import on_disk, write_files
 
@@ -24,6 +25,7 @@ def recover(
     taught: Sequence[Path] = (),
     *,
     scratch: Path | None = None,
+    prune: PruneConfig | None = None,
 ) -> dict[str, Any]:
     """Trains a checkpoint folder and writes the result as another folder of the same form.
 
@@ -35,6 +37,8 @@ def recover(
             be 0, and cross-entropy alone is minimised.
         scratch: folder of states; a call with the same arguments goes on from the newest. None:
             beside the target, and gone afterwards.
+        prune: rows of S go by sensitivity while it is trained; the student is then a mapped
+            checkpoint with U V and S of all rows, or of those to choose from.
 
     Returns:
         steps, and experts that never got a gradient, by layer.
@@ -52,11 +56,12 @@ def recover(
         taught=tuple(taught),
         config=config,
         folder=folder,
-        fingerprint=fingerprint_of(checkpoint, config, corpus, taught),
+        fingerprint=fingerprint_of(checkpoint, config, corpus, taught, prune),
+        prune=prune,
     )
     done = train(training)
     if not done.finished:
-        raise TrainingError(f"asked to pause after step {done.step}", "call again to go on")
+        raise Paused(f"asked to pause after step {done.step}", "call again to go on")
     write_folder(checkpoint, done, target)
     if scratch is None:
         shutil.rmtree(folder, ignore_errors=True)
@@ -64,17 +69,19 @@ def recover(
 
 
 def fingerprint_of(
-    student: Checkpoint, config: RecoverConfig, corpus: Path, taught: Sequence[Path]
+    student: Checkpoint,
+    config: RecoverConfig,
+    corpus: Path,
+    taught: Sequence[Path],
+    prune: PruneConfig | None = None,
 ) -> str:
     """Of everything that a state depends on; not of ranks, nor of where states are cut."""
-    from models.atomic import quick_digest
-
-    free = {"checkpoint_every", "ranks", "deepspeed", "micro_batch"}
     return text_digest(
         [
             [student.identity(file) for file in student.files],
-            config.model_dump(mode="json", exclude=free),
+            config.arithmetic,
             [quick_digest(path) for path in (corpus, *taught)],
+            None if prune is None else prune.model_dump(mode="json"),
         ]
     )
 
@@ -86,10 +93,37 @@ def write_folder(student: Checkpoint, done: Trained, target: Path) -> None:
     staging.mkdir(parents=True)
     try:
         targets = {file: staging / file for file in student.files}
-        write_files(student, on_disk(done.model, done.values, student), targets)
+        trained, cut = on_disk(done.model, done.values, student), _cut(student, done)
+        replaced = trained if cut is None else trained | cut.tensors
+        write_files(student, replaced, targets, frozenset() if cut is None else cut.gone)
         for path in sorted(student.folder.iterdir()):
             if path.is_file() and path.name not in targets:
                 shutil.copyfile(path, staging / path.name)
+        if cut is not None:
+            write_json(staging / "config.json", cut.config)
+            _write_index(staging, student, cut)
         os.replace(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _cut(student: Checkpoint, done: Trained) -> Cut | None:
+    """The pruned S as the files have it: in the type on disk."""
+    if not done.kept:
+        return None
+    indices = {n: f"{n.removesuffix('.s')}.index" for n in done.kept}
+    read = student.read(indices.values())
+    kinds = {name: student.tensors[name].meta().dtype for name in done.kept}
+    values = {name: done.values[name].to(kinds[name]) for name in done.kept}
+    found = {name: read[index] for name, index in indices.items()}
+    return cut_of(done.kept, values, found, student.config)
+
+
+def _write_index(folder: Path, student: Checkpoint, cut: Cut) -> None:
+    """The index of a folder with several files, without what is gone and with the new size."""
+    if not (student.folder / INDEX).exists():
+        return
+    kept = {n: info.file for n, info in student.tensors.items() if n not in cut.gone}
+    sizes = {n: cut.tensors[n].nbytes for n in cut.tensors}
+    total = sum(sizes.get(name, student.tensors[name].nbytes) for name in kept)
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": kept})

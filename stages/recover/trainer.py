@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,13 @@ from torch import Tensor
 
 from stages.corpus.blocks import Block
 from stages.model import load_model
-from stages.recover.config import RecoverConfig
+from stages.recover.config import PruneConfig, RecoverConfig
 from stages.recover.faults import refuse_non_finite
 from stages.recover.order import blocks_of_step, share_of
 from stages.recover.passes import part_of_loss, predicted, teacher_of_blocks
 from stages.recover.plain import Optimiser, Plain
 from stages.recover.progress import Course
+from stages.recover.pruning import Pruning
 from stages.recover.ranks import Ranks
 from stages.recover.rate import rate_at
 from stages.recover.state import Named, State, newest, save
@@ -49,6 +50,8 @@ class Training:
     folder: Path  # states and the course
     # A state of another one is not gone on from.
     fingerprint: str = ""
+    # In one process without DeepSpeed: rows of S go by sensitivity. None: all stay.
+    prune: PruneConfig | None = None
 
     @property
     def course(self) -> Path:
@@ -69,6 +72,7 @@ class Trained:
     values: Named
     untrained: dict[int, list[int]]  # layer -> experts that never got a gradient
     model: Any  # the student, to know how its tensors are called on disk
+    kept: Named = field(default_factory=dict)  # name of S -> rows that stay [K, n], where pruned
 
     @property
     def finished(self) -> bool:
@@ -94,7 +98,7 @@ def train(training: Training, ranks: Ranks = ALONE) -> Trained:
             loop.save()
     _, second = loop.optimiser.moments()
     silent = untrained_experts(loop.model, second)
-    return Trained(loop.step, loop.optimiser.values(), silent, loop.model)
+    return Trained(loop.step, loop.optimiser.values(), silent, loop.model, loop.kept)
 
 
 class Loop:
@@ -108,10 +112,16 @@ class Loop:
         self.model = load_model(training.student, "float32", trust_remote_code=training.needs_code)
         self._trained = trained_parameters(self.model, config)
         self.optimiser: Optimiser = make_optimiser(self.model, self._trained, config, ranks)
+        self._pruning: Pruning | None = None
+        if training.prune is not None:
+            assert ranks.group is None, "rows of S go in one process"
+            self._pruning = Pruning(self._trained, training.prune, config.steps)
+        self.kept: Named = {}
         self.step = 0
         if (state := newest(training.folder, training.fingerprint)) is not None:
             self.optimiser.load(state.values, state.first, state.second, state.step)
             self.step = state.step
+            self._prune_from(state)
         self._course = Course(training.course, self.step) if ranks.rank == 0 else None
 
     def advance(self) -> bool:
@@ -130,9 +140,13 @@ class Loop:
         again = partial(self._forward_again, own)
         self._expect_finite("loss", sum(means), again)
         rate = rate_at(self.step, config)
+        if self._pruning is not None:
+            self._pruning.observe()
         norm = self.optimiser.step(rate)
         self._expect_finite("gradient", norm, again)
         self.step += 1
+        if self._pruning is not None:
+            self.kept = self._pruning.apply(self.step)
         self._tell(means, norm, rate, tokens, time.monotonic() - begun)
         return bool(total[2])
 
@@ -140,8 +154,14 @@ class Loop:
         """Writes a state; every rank takes part in gathering it."""
         values, (first, second) = self.optimiser.values(), self.optimiser.moments()
         if self._ranks.rank == 0:
-            state = State(self.step, values, first, second)
+            scores = {} if self._pruning is None else self._pruning.scores
+            state = State(self.step, values, first, second, scores)
             save(self._training.folder, state, self._training.fingerprint)
+
+    def _prune_from(self, state: State) -> None:
+        if self._pruning is not None:
+            self._pruning.load(state.more)
+            self.kept = self._pruning.apply(state.step)
 
     def _pass(self, indices: list[int]) -> tuple[Any, list[Block], Any]:
         blocks = self._text.blocks(indices)

@@ -43,13 +43,17 @@ def on_disk(model: Any, values: Mapping[str, Tensor], student: Checkpoint) -> di
 
 
 def write_files(
-    student: Checkpoint, trained: Mapping[str, Tensor], targets: Mapping[str, Path]
+    student: Checkpoint,
+    trained: Mapping[str, Tensor],
+    targets: Mapping[str, Path],
+    gone: frozenset[str] = frozenset(),
 ) -> None:
     """Writes every weight file of the student anew, with the trained tensors in their places.
 
     Args:
         trained: by name on disk.
         targets: file of the student -> path of the new one; one without trained tensors is linked.
+        gone: tensors of the student that the new files do not have.
 
     Raises:
         CheckpointError: a trained value is NaN or infinite in the type on disk.
@@ -62,11 +66,15 @@ def write_files(
         raise CheckpointError(f"{wrong[0]} is not finite after training")
     for file, target in targets.items():
         names = [info.name for info in student.tensors.values() if info.file == file]
-        if not trained.keys() & set(names):
+        if not (trained.keys() | gone) & set(names):
             link_or_copy(student.path(file), target)
             continue
         with safe_open(student.path(file), framework="pt") as handle:
-            tensors = {n: trained[n] if n in trained else handle.get_tensor(n) for n in names}
+            tensors = {
+                n: trained[n] if n in trained else handle.get_tensor(n)
+                for n in names
+                if n not in gone
+            }
             metadata = handle.metadata()
         with staged(target) as temporary:
             save_file(tensors, temporary, metadata)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from models.checkpoint import Checkpoint
 from models.tensors import read_metadata
-from stages.errors import TrainingError
+from stages.errors import Paused, TrainingError
 from stages.recover.api import recover
 from stages.recover.order import blocks_of_step, share_of
 from stages.recover.progress import read_course
@@ -118,7 +118,7 @@ def test_a_pause_leaves_a_state_from_which_it_goes_on(small: Small, tmp_path: Pa
     states = tmp_path / "out-states"
     states.mkdir()
     (states / "stop").touch()
-    with pytest.raises(TrainingError, match="pause after step 1"):
+    with pytest.raises(Paused, match="pause after step 1"):
         run(small, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     (states / "stop").unlink()
