@@ -8,10 +8,11 @@ import pytest
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files of Slurm tests, then by the number of slow tests; as they came where that is equal."""
-    slow: Counter[str] = Counter()
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Files by how long their slow tests may take; as they came where that is equal."""
+    seconds: Counter[str] = Counter()
     for item in items:
-        weight = 1000 if item.get_closest_marker("slurm") else 1
-        slow[item.location[0]] += weight if item.get_closest_marker("slow") else 0
-    items.sort(key=lambda item: -slow[item.location[0]])
+        if item.get_closest_marker("slow"):
+            own = item.get_closest_marker("timeout")
+            seconds[item.location[0]] += int(own.args[0] if own else config.getini("timeout"))
+    items.sort(key=lambda item: -seconds[item.location[0]])

@@ -9,6 +9,7 @@ import socket
 import struct
 import subprocess
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 # Space of Ray's object store on every node: units name paths, results are small dictionaries.
@@ -78,9 +79,16 @@ def address_of(node: str, interface: str | None) -> str:
 
 def free_port(address: str) -> int:
     """A port of this node that is free now."""
-    with socket.socket() as probe:
-        probe.bind((address, 0))
-        return int(probe.getsockname()[1])
+    return free_ports(address, 1)[0]
+
+
+def free_ports(address: str, count: int) -> list[int]:
+    """Different ports of this node that are free now."""
+    with ExitStack() as held:
+        probes = [held.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind((address, 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
 
 
 def state_of(job: str) -> str:

@@ -41,6 +41,8 @@ _RAY = {
     "RAY_health_check_timeout_ms": "5000",
     "RAY_health_check_failure_threshold": "3",
     "RAY_gcs_rpc_server_reconnect_timeout_s": "20",
+    # Of a node's agents; half a minute is too short where Python loads from a slow file system.
+    "RAY_agent_register_timeout_ms": "120000",
 }
 
 

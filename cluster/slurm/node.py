@@ -18,12 +18,24 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
-from cluster.slurm.allocation import OBJECT_STORE_BYTES, address_of, free_port, resources
+from cluster.slurm.allocation import (
+    OBJECT_STORE_BYTES,
+    address_of,
+    free_port,
+    free_ports,
+    resources,
+)
 from cluster.slurm.rendezvous import Rendezvous
 
 _ATTEMPTS = 3
 _LISTENS_SECONDS = 90.0
 _ENDS_SECONDS = 15.0
+_AGENT_PORTS = (
+    "dashboard-agent-listen-port",
+    "dashboard-agent-grpc-port",
+    "runtime-env-agent-port",
+    "metrics-export-port",
+)
 
 
 class Node:
@@ -79,12 +91,18 @@ class Node:
     def _start(self, *options: str) -> None:
         common = [f"--{name}={value}" for name, value in resources(os.environ).items()]
         common += [f"--object-store-memory={OBJECT_STORE_BYTES}", f"--temp-dir={self._scratch}"]
-        common += ["--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"]
+        common += ["--min-worker-port=0", "--max-worker-port=0", *self._agent_options()]
         common += [f"--node-ip-address={self._address}", "--disable-usage-stats", "--block"]
         words = [sys.executable, "-m", "ray.scripts.scripts", "start", *options, *common]
         self._ray = subprocess.Popen(words)
         if self._stopped:
             self._ray.terminate()
+
+    def _agent_options(self) -> Sequence[str]:
+        # Ports that its agents choose Ray waits for, 15 s, and then ends the node: too short where
+        # Python loads from a slow file system. It does not wait for those that it is given.
+        ports = free_ports(self._address, len(_AGENT_PORTS))
+        return [f"--{name}={port}" for name, port in zip(_AGENT_PORTS, ports, strict=True)]
 
     def _listens(self, port: int) -> bool:
         assert self._ray is not None

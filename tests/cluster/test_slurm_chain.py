@@ -10,7 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from cluster.slurm.allocation import OBJECT_STORE_BYTES, address_of, free_port, resources
+from cluster.slurm.allocation import (
+    OBJECT_STORE_BYTES,
+    address_of,
+    free_port,
+    free_ports,
+    resources,
+)
 from cluster.slurm.chain import Chain
 from cluster.slurm.rendezvous import Rendezvous
 from cluster.slurm.wait import missing
@@ -69,6 +75,7 @@ def test_an_interface_has_an_address_and_free_ports() -> None:
     assert address == "127.0.0.1"
     with socket.socket() as taken:
         taken.bind((address, free_port(address)))
+    assert len(set(free_ports(address, 50))) == 50
     with pytest.raises(OSError, match="No such device"):
         address_of("nobody", "nope0")
 

@@ -103,6 +103,14 @@ class Lab:
         text = self.on("ctl", "scontrol", "show", "job", job)
         return " ".join(re.findall(r"(?:JobState|Restarts|ExitCode)=(\S+)", text))
 
+    def seconds(self, job: str) -> int:
+        """How long this start of a job has been running."""
+        text = self.on("ctl", "scontrol", "show", "job", job)
+        found = re.search(r"RunTime=(\d+):(\d+):(\d+)", text)
+        assert found, text
+        hours, minutes, seconds = map(int, found.groups())
+        return 3600 * hours + 60 * minutes + seconds
+
     def await_state(self, job: str, wanted: str, seconds: float = PATIENCE) -> None:
         """Waits until the state of a job matches a pattern."""
         until(
