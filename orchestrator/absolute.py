@@ -26,9 +26,15 @@ def absolute(config: RunConfig) -> RunConfig:
     evaluate = config.evaluate
     if evaluate is not None:
         evaluate = evaluate.model_copy(update={"data": _corpus(evaluate.data)})
+    recover = config.recover
+    if recover is not None:
+        data = None if recover.data is None else _corpus(recover.data)
+        teacher = recover.teacher.model_copy(update={"path": _path(recover.teacher.path)})
+        recover = recover.model_copy(update={"data": data, "teacher": teacher})
     cache = config.cache.model_copy(update={"dir": _path_of_here(config.cache.dir)})
     parts = {"cache": cache, "model": model, "calibrate": calibrate, "evaluate": evaluate}
-    return config.model_copy(update=parts | {"run_dir": config.run_dir.absolute()})
+    others = {"recover": recover, "run_dir": config.run_dir.absolute()}
+    return config.model_copy(update=parts | others)
 
 
 def _corpus(corpus: CorpusConfig) -> CorpusConfig:

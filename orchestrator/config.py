@@ -19,6 +19,7 @@ from stages.group.config import Coalesce, GroupConfig, Uncurl
 from stages.merge.config import MergeConfig
 from stages.narrow.config import NarrowConfig
 from stages.probe.config import ProbeConfig
+from stages.recover.config import RecoverConfig
 from stages.refit.config import RefitConfig
 from stages.settings import Settings
 from stages.upload.config import UploadConfig
@@ -120,6 +121,8 @@ class RunConfig(Settings):
     # None: the experts that are left keep whole matrices.
     compress: CompressConfig | None = None
     export: ExportConfig = ExportConfig()
+    # None: no value is trained.
+    recover: RecoverConfig | None = None
     # Read where group.divide=probe.
     probe: ProbeConfig = ProbeConfig()
     # None: nothing is measured, and the report says so.
@@ -173,6 +176,16 @@ class RunConfig(Settings):
     def _one_place_to_compress(self) -> Self:
         if self.export.compress is not None:
             raise ValueError("write the section `compress` beside `export`, not in it")
+        return self
+
+    @model_validator(mode="after")
+    def _ranks_need_ray(self) -> Self:
+        recover = self.recover
+        if recover is not None and recover.dealt_out and self.executor.kind == "local":
+            raise ValueError(
+                f"recover.ranks={recover.ranks} with DeepSpeed needs executor.kind=ray; one process"
+                " trains without it: recover.ranks=1 and recover.deepspeed=null"
+            )
         return self
 
     @model_validator(mode="after")

@@ -50,12 +50,24 @@ def disk_bytes(run: Prepared) -> int:
         for layout in expected_layouts(variant, run.moe)
     )
     files += samples.disk_bytes(run.config.calibrate, run.moe, run.calibration_domains)
+    files += recover_bytes(run)
     evaluate = run.config.evaluate
     if evaluate is None:
         return files
     vocabulary = int(run.moe.checkpoint.config["vocab_size"])
     reference = run.evaluation_domains * evaluate.kl_positions * vocabulary * 4
     return files + reference + evaluate.data.tokens * 4
+
+
+def recover_bytes(run: Prepared) -> int:
+    """Trained files, the teacher's predictions, text, and three states: two that are kept and one
+    that is being written."""
+    config = run.config.recover
+    if config is None:
+        return 0
+    trained = sum(each.file_bytes for each in expected_layouts(run.variants[0], run.moe))
+    text = 4 * (config.data or run.config.calibrate.data).tokens
+    return trained + estimate.taught_bytes(run) + 3 * estimate.state_bytes(run) + text
 
 
 def check_disk(run: Prepared) -> None:

@@ -141,6 +141,65 @@ def probe(run: Prepared) -> int:
     return transform(run) + _model_bytes(run, config.dtype) + 3 * logits + 3 * kept
 
 
+def taught_bytes(run: Prepared) -> int:
+    """What is kept of the teacher's predictions: ids, logarithms and the rest at every position."""
+    config = run.config.recover
+    if config is None or not config.alpha:
+        return 0
+    vocabulary = int(run.moe.checkpoint.config["vocab_size"])
+    kept = min(config.teacher.top or vocabulary, vocabulary)
+    return (config.data or run.config.calibrate.data).tokens * (8 * kept + 4)
+
+
+def teach(run: Prepared) -> int:
+    """The original, the logits of a batch, and the predictions of a part."""
+    config = run.config.recover
+    if config is None:
+        return 0
+    vocabulary = int(run.moe.checkpoint.config["vocab_size"])
+    data = config.data or run.config.calibrate.data
+    logits = 4 * vocabulary * config.teacher.batch_size * data.sequence_length
+    part = 2 * taught_bytes(run) // config.teacher.shards
+    model = _model_bytes(run, config.teacher.dtype)
+    if config.teacher.engine == "streaming":
+        model = _streamed_bytes(run, config.teacher.dtype)
+    return PROCESS_BYTES + model + 5 * logits + part
+
+
+def state_bytes(run: Prepared) -> int:
+    """Trained values and two moments in fp32; everything counts as trained but for routers."""
+    config = run.config.recover
+    if config is None:
+        return 0
+    return 12 * _trained_values(run, config.mode)
+
+
+def recover(run: Prepared) -> int:
+    """Values in fp32, gradients and moments of what is trained (as if one rank had all), a gathered
+    state, and the logits of a pass with their gradients."""
+    config = run.config.recover
+    if config is None:
+        return 0
+    vocabulary = int(run.moe.checkpoint.config["vocab_size"])
+    data = config.data or run.config.calibrate.data
+    logits = 4 * vocabulary * config.micro_batch * data.sequence_length
+    values = sum(each.parameters for each in expected_layouts(run.variants[0], run.moe))
+    trained = _trained_values(run, config.mode)
+    return PROCESS_BYTES + 4 * values + 24 * trained + 12 * logits
+
+
+def _trained_values(run: Prepared, mode: str) -> int:
+    layouts, moe = expected_layouts(run.variants[0], run.moe), run.moe
+    routers = sum(
+        moe.checkpoint.tensors[name].meta().numel()
+        for layer in moe.layers
+        for name in moe.router_names(layer)
+    )
+    if mode == "router":
+        return routers
+    return sum(each.parameters for each in layouts)
+
+
 def export(run: Prepared, layouts: Sequence[FileLayout]) -> int:
     """The reload gate opens the whole output."""
     return PROCESS_BYTES + sum(each.tensor_bytes for each in layouts)

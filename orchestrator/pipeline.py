@@ -10,10 +10,10 @@ from typing import Any
 
 from cluster.executor import Replicas
 from models.atomic import text_digest
-from orchestrator import run_folder, samples
+from orchestrator import recovery, run_folder, samples
 from orchestrator.needs import needs
 from orchestrator.preflight import Prepared, Variant
-from orchestrator.run_folder import MAIN
+from orchestrator.run_folder import MAIN, RECOVERED
 from stages.calibrate import stage as calibrate
 from stages.calibrate.config import Engine
 from stages.corpus.stage import (
@@ -31,6 +31,7 @@ from stages.group.decision import LayerDecision
 from stages.inputs import stage as inputs
 from stages.probe import stage as probe
 from stages.refit.config import RefitConfig
+from stages.settings import Settings
 from stages.subsample import stage as subsample
 from stages.transform import stage as transform
 from stages.unit import Done, beside, read_digests
@@ -57,6 +58,8 @@ def corpus_units(run: Prepared) -> list[CorpusUnit]:
         tokens, fetched = folder.evaluation_tokens, folder.fetched
         unit = CorpusUnit("corpus/evaluation", data, run.tokenizer, tokens, fetched=fetched)
         units.append(unit)
+    if config.recover is not None:
+        units.append(recovery.corpus_unit(run))
     return units
 
 
@@ -196,7 +199,7 @@ def export_unit(
         digests=tuple(read_digests(unit.marker) for unit in units),
         config=variant.export,
         threads=run.config.executor.threads_per_unit,
-        output=run.folder.output(variant.name),
+        output=output_of(run, variant.name),
         variant=variant.name,
     )
 
@@ -208,7 +211,7 @@ def evaluate_units(
     so that a baseline can be removed once it was measured."""
     config = run.config.evaluate
     assert config is not None
-    export = next((v.export for v in run.variants if v.name == variant), None)
+    export = next((v.export for v in run.variants if v.name == untrained_name(variant)), None)
     inputs = {
         "model": run.model,
         "corpus": read_digests(beside(run.folder.evaluation_tokens)),
@@ -218,10 +221,15 @@ def evaluate_units(
         made: list[Any] = [
             (d.layer, d.group, d.representatives, d.weight, d.width) for d in decisions
         ]
-        which = next(v for v in run.variants if v.name == variant)
+        which = next(v for v in run.variants if v.name == untrained_name(variant))
         refit = refit_of(run, which)
         made.append(which.method.task)
-        sections = (run.config.align, run.config.merge, run.config.narrow, refit, export)
+        sections: tuple[Settings, ...] = (
+            run.config.align, run.config.merge, run.config.narrow, refit, export
+        )  # fmt: skip
+        if variant == RECOVERED:
+            assert run.config.recover is not None
+            made.append(recovery.identity_of(run))
         inputs["variant"] = text_digest([made, [s.model_dump(mode="json") for s in sections]])
     return [
         EvaluateUnit(
@@ -239,7 +247,18 @@ def evaluate_units(
 
 
 def _model_folder(run: Prepared, variant: str) -> Path:
-    return run.moe.checkpoint.folder if variant == ORIGINAL else run.folder.output(variant)
+    return run.moe.checkpoint.folder if variant == ORIGINAL else output_of(run, variant)
+
+
+def output_of(run: Prepared, variant: str) -> Path:
+    """The folder of a variant's checkpoint; what is trained gives its place to what comes of it."""
+    trained = run.config.recover is not None and variant == MAIN
+    return run.folder.unrecovered if trained else run.folder.output(variant)
+
+
+def untrained_name(variant: str) -> str:
+    """The variant that was decided; training changes values, no decision."""
+    return MAIN if variant == RECOVERED else variant
 
 
 def baselines(run: Prepared) -> list[Variant]:

@@ -41,6 +41,8 @@ def urls(config: RunConfig) -> dict[str, str]:
     corpora = {"calibrate.data": config.calibrate.data}
     if config.evaluate is not None:
         corpora["evaluate.data"] = config.evaluate.data
+    if config.recover is not None and config.recover.data is not None:
+        corpora["recover.data"] = config.recover.data
     for key, corpus in corpora.items():
         for index, source in enumerate(corpus.sources):
             found[f"{key}.sources.{index}.path"] = source.path

@@ -32,7 +32,8 @@ class Row:
 def rows(run: Prepared) -> list[Row]:
     """One row per stage, in order."""
     observed = [_verify(run), _corpus(run), _calibrate(run), *_sample(run)]
-    return [*observed, *_probe(run), *_models(run), *_evaluate(run), *_upload(run)]
+    reduced = [*observed, *_probe(run), *_models(run)]
+    return [*reduced, *_recover(run), *_evaluate(run), *_upload(run)]
 
 
 def table(run: Prepared) -> Table:
@@ -68,7 +69,21 @@ def summary(run: Prepared) -> str:
         f" experts, top-{run.moe.top_k}: {human(before)} -> {human(after)}"
         f" ({after / before:.1%}), exactly {after:,} bytes of weights;"
         f" {human(disk.peak_bytes(run))} of disk at the peak;"
-        f" {_operations(run)}{text}"
+        f" {_operations(run)}{text}{_training(run)}"
+    )
+
+
+def _training(run: Prepared) -> str:
+    """Steps and tokens of the recovery."""
+    config = run.config.recover
+    if config is None:
+        return ""
+    data = config.data or run.config.calibrate.data
+    tokens = config.steps * config.batch * data.sequence_length
+    return (
+        f"\nrecover: {config.steps:,} steps of {config.batch} blocks, up to {tokens:,} tokens"
+        f" ({tokens / data.tokens:.1f} times the text), mode {config.mode}; the teacher's"
+        f" predictions take up to {human(estimate.taught_bytes(run))} while they are needed"
     )
 
 
@@ -144,7 +159,7 @@ def _models(run: Prepared) -> list[Row]:
         files += len(layouts)
         done += sum(beside(folder / file_name(each.layer)).exists() for each in layouts)
         written += sum(each.file_bytes for each in layouts)
-        exported += beside(run.folder.output(variant.name)).exists()
+        exported += beside(pipeline.output_of(run, variant.name)).exists()
     variants, read = len(run.variants), run.moe.checkpoint.file_bytes * len(run.variants)
     main = expected_layouts(run.variants[0], run.moe)
     return [
@@ -169,11 +184,31 @@ def _carry(run: Prepared) -> list[Row]:
     return [Row("carry", parts * blocks, finished, read, written, estimate.carry(run))]
 
 
+def _recover(run: Prepared) -> list[Row]:
+    """The teacher reads the original once, or once per part where it is streamed."""
+    config = run.config.recover
+    if config is None:
+        return []
+    size = sum(each.file_bytes for each in expected_layouts(run.variants[0], run.moe))
+    trained = beside(run.folder.recover / "trained").exists()
+    state = estimate.state_bytes(run) * -(-config.steps // config.checkpoint_every)
+    peak = estimate.recover(run)
+    row = Row("recover", 1, int(trained), size, size + state, peak)
+    if not config.alpha:
+        return [row]
+    parts = config.teacher.shards
+    done = parts if trained else min(len(list(run.folder.taught.glob("*.arrow.json"))), parts)
+    streamed = config.teacher.engine == "streaming"
+    read = run.moe.checkpoint.nbytes * (parts if streamed else 1)
+    return [Row("teach", parts, done, read, estimate.taught_bytes(run), estimate.teach(run)), row]
+
+
 def _evaluate(run: Prepared) -> list[Row]:
     config = run.config.evaluate
     if config is None:
         return []
     domains, models = run.evaluation_domains, 1 + len(run.variants)
+    models += run.config.recover is not None
     finished = len(list(run.folder.evaluation.glob("*/*.json.json")))
     vocabulary = int(run.moe.checkpoint.config["vocab_size"])
     reference = domains * config.kl_positions * vocabulary * 4

@@ -29,6 +29,7 @@ from orchestrator.compression import check_compression
 from orchestrator.config import RunConfig
 from orchestrator.errors import ConfigError
 from orchestrator.needs import check_needs
+from orchestrator.recoverable import check_recovery
 from orchestrator.remote import model_folder
 from orchestrator.run_folder import MAIN, RunFolder
 from stages.calibrate.statistics import layers_of, metadata_of, read_statistics
@@ -99,6 +100,7 @@ def prepare(config: RunConfig) -> Prepared:
     found = _variants(config, moe)
     for variant in found:
         expected_decisions(variant, moe)
+    _check_recovery(config, moe, folder)
     check_compression(config, moe, expected_decisions(found[0], moe))
     resumes = run_folder.check(folder, config, model)
     if not any((tokenizer / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
@@ -121,6 +123,15 @@ def prepare(config: RunConfig) -> Prepared:
 
     check_disk(prepared)
     return prepared
+
+
+def _check_recovery(config: RunConfig, moe: MoeCheckpoint, folder: RunFolder) -> None:
+    """Refuses a recovery that cannot be done, its text and its teacher included."""
+    if config.recover is None:
+        return
+    _check_text(config.recover.data or config.calibrate.data, moe, folder)
+    tokenizer = config.model.tokenizer or moe.checkpoint.folder
+    check_recovery(config.recover, moe, not_streamed(moe), tokenizer)
 
 
 def not_streamed(moe: MoeCheckpoint) -> str | None:

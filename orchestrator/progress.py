@@ -20,7 +20,7 @@ from orchestrator.events import Event, Listener
 
 STAGES = (
     "verify", "corpus", "calibrate", "inputs", "subsample", "probe",
-    "group", "transform", "export", "evaluate", "report",
+    "group", "transform", "export", "teach", "recover", "evaluate", "report",
 )  # fmt: skip
 # Takes turns with another stage, in some runs.
 TURNS = {"carry": "transform"}
@@ -54,7 +54,7 @@ class PlainLines:
     def __call__(self, event: Event) -> None:
         """Prints what is worth a line."""
         text = describe(event)
-        if event["event"] == "unit_done":
+        if event["event"] in ("unit_done", "training"):
             if event["time"] - self._last < _LINE_EVERY_SECONDS:
                 return
             self._last = event["time"]
@@ -79,8 +79,14 @@ class Bars:
             )
         elif kind == "unit_done" and self._task is not None:
             self._progress.update(self._task, advance=1, rate=throughput(event))
+        elif kind == "training" and self._task is not None:
+            self._progress.update(self._task, rate=_training(event))
         if kind in ("warning", "resuming", "engine", "unit_lost"):
             self._progress.console.print(describe(event), highlight=False, markup=False)
+
+
+def _training(event: Event) -> str:
+    return f"step {event['step']}/{event['steps']}, loss {event['loss']:.3f}"
 
 
 def describe(event: Event) -> str:
@@ -91,6 +97,8 @@ def describe(event: Event) -> str:
             return f"{stage}: {event['units']} units"
         case "resuming":
             return f"{stage}: resuming: {event['done']}/{event['units']} done"
+        case "training":
+            return f"{stage}: {_training(event)}, {event['eta_seconds']:.0f} s left"
         case "unit_done":
             left = f", {event['eta_seconds']:.0f} s left" if event.get("eta_seconds") else ""
             speed = throughput(event)

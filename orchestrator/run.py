@@ -16,7 +16,7 @@ import yaml
 from models.arrow import read_table, write_table
 from models.atomic import file_digest, write_bytes, write_json
 from models.remote.origin import held_here
-from orchestrator import chain, engine, estimate, pipeline, run_folder, samples, shared
+from orchestrator import chain, engine, estimate, pipeline, recovery, run_folder, samples, shared
 from orchestrator.decide import decide
 from orchestrator.events import EventLog, Listener
 from orchestrator.interrupt import heeding_signals
@@ -27,7 +27,7 @@ from orchestrator.preflight import Prepared, Variant
 from orchestrator.report.card import render_card
 from orchestrator.report.collect import Collected, collect, found_cautions
 from orchestrator.report.write import write_report
-from orchestrator.run_folder import MAIN, RunFolder
+from orchestrator.run_folder import MAIN, RECOVERED, RunFolder
 from orchestrator.scheduler import Scheduler, open_executor
 from stages.calibrate import coverage
 from stages.calibrate import stage as calibrate
@@ -73,7 +73,9 @@ def run(prepared: Prepared, listeners: Sequence[Listener] = ()) -> Path:
         statistics = _observe(prepared, scheduler, events)
         _probe(prepared, scheduler)
         decided = _decide(prepared, scheduler, statistics, events)
-        _write_models(prepared, scheduler, decided)
+        written = _write_models(prepared, scheduler, decided)
+        if prepared.config.recover is not None:
+            recovery.recovered(prepared, scheduler, events, written)
         measured = _measure(prepared, scheduler, decided)
         for message in _report(prepared, scheduler, statistics, decided, measured):
             events.emit("warning", message=message)
@@ -220,8 +222,14 @@ def _decide_one(
     return Decided(variant, decisions, file_layouts(prepared.moe, decisions, variant.export))
 
 
-def _write_models(prepared: Prepared, scheduler: Scheduler, decided: Sequence[Decided]) -> None:
-    """Layer files of all variants fan out together; then every folder is assembled and tried."""
+def _write_models(
+    prepared: Prepared, scheduler: Scheduler, decided: Sequence[Decided]
+) -> export.ExportUnit:
+    """Layer files of all variants fan out together; then every folder is assembled and tried.
+
+    Returns:
+        the main variant's folder, before any training.
+    """
     needed = [each for each in decided if not _measured_already(prepared, each)]
     plans = [
         pipeline.transform_units(prepared, each.variant, each.decisions, each.layouts)
@@ -236,6 +244,7 @@ def _write_models(prepared: Prepared, scheduler: Scheduler, decided: Sequence[De
     ]
     memory = estimate.export(prepared, decided[0].layouts)
     scheduler.run("export", exports, export.run_one, memory)
+    return exports[0]
 
 
 def _measured_already(prepared: Prepared, decided: Decided) -> bool:
@@ -264,6 +273,8 @@ def _measure(
         for each in decided
         for unit in pipeline.evaluate_units(prepared, each.variant.name, domains, each.decisions)
     ]
+    if prepared.config.recover is not None:
+        rest += pipeline.evaluate_units(prepared, RECOVERED, domains, decided[0].decisions)
     memory = estimate.evaluate(prepared)
     outcomes = scheduler.run_model("evaluate", first, evaluate.make_worker, memory)
     outcomes += scheduler.run_model("evaluate", rest, evaluate.make_worker, memory)

@@ -20,6 +20,8 @@ from stages.unit import differences
 
 _PACKAGES = ("coalesce-moe", "torch", "transformers", "ray", "safetensors", "pyarrow", "datasets")
 MAIN = "compressed"
+# The main variant after it was trained; only there where the run has a section `recover`.
+RECOVERED = "recovered"
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,26 @@ class RunFolder:
         return self.root / "upload"
 
     @property
+    def recover(self) -> Path:
+        """Text, states and course of the training."""
+        return self.root / "recover"
+
+    @property
+    def recover_tokens(self) -> Path:
+        """Token blocks that are trained on."""
+        return self.recover / "tokens.arrow"
+
+    @property
+    def taught(self) -> Path:
+        """What the original says along them, while it is needed."""
+        return self.recover / "teacher"
+
+    @property
+    def unrecovered(self) -> Path:
+        """The checkpoint before it was trained, where it was."""
+        return self.root / "unrecovered"
+
+    @property
     def report(self) -> Path:
         """index.html, report.json, pictures."""
         return self.root / "report"
@@ -131,7 +153,7 @@ class RunFolder:
 
     def variant(self, name: str) -> Path:
         """Folder of the compressed model or of a pruning baseline."""
-        return self.root if name == MAIN else self.root / "baselines" / name
+        return self.root if name in (MAIN, RECOVERED) else self.root / "baselines" / name
 
     def decision(self, variant: str) -> Path:
         """Decision table."""
@@ -139,10 +161,12 @@ class RunFolder:
 
     def layers(self, variant: str) -> Path:
         """Finished layer files."""
+        if variant == RECOVERED:
+            return self.recover / "layers"
         return self.variant(variant) / "layers"
 
     def output(self, variant: str) -> Path:
-        """The checkpoint."""
+        """The checkpoint; that of the main variant is what the run is for, trained or not."""
         return self.variant(variant) / "output"
 
 
@@ -197,6 +221,10 @@ def settled(config: RunConfig) -> dict[str, Any]:
         free["probe"] = True
     values: dict[str, Any] = config.model_dump(mode="json", exclude=free)
     values["calibrate"] |= autoep(config)
+    if config.recover is None:
+        del values["recover"]  # as in runs that know no such section
+    else:
+        values["recover"] = config.recover.arithmetic
     return values | {"threads_per_unit": config.executor.threads_per_unit}
 
 

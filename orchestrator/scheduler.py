@@ -14,9 +14,13 @@ from orchestrator.config import ExecutorConfig
 from orchestrator.events import EventLog
 from orchestrator.interrupt import Stop
 from orchestrator.unit_log import LogFolder, logged
+from stages.errors import Paused
 from stages.unit import Done, Unit, execute, peak_rss, read_marker, reset_peak_rss
 
 U = TypeVar("U", bound=Unit)
+
+
+_BY_TOKENS = ("calibrate", "carry", "evaluate", "teach", "recover")
 
 
 class Scheduler:
@@ -38,6 +42,15 @@ class Scheduler:
         self._gpus = gpus_per_worker
         self._logs = logs
         self.done: dict[str, list[Done]] = {}
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the run was asked to stop once what is under way has ended."""
+        return self._stop()
+
+    def stopped(self) -> None:
+        """Raises Interrupted if it was."""
+        self._stop.check()
 
     def run(
         self,
@@ -141,7 +154,7 @@ class Scheduler:
 
     def _failed(self, stage: str, logs: LogFolder | None, error: Exception) -> None:
         name = getattr(error, "unit", None)
-        if name is not None:
+        if name is not None and not isinstance(error, Paused):
             self._events.emit("unit_failed", stage=stage, unit=name, error=_first_line(str(error)))
             if logs is not None and not getattr(error, "__notes__", None):
                 error.add_note(logs.note(name))
@@ -152,7 +165,7 @@ class _Progress:
 
     def __init__(self, events: EventLog, stage: str, units: int) -> None:
         self._events, self._stage, self._units = events, stage, units
-        self._measure = "tokens" if stage in ("calibrate", "carry", "evaluate") else "bytes"
+        self._measure = "tokens" if stage in _BY_TOKENS else "bytes"
         self._done = self._fresh = self._amount = 0
         # Units that are found done only have their digests checked: no measure of the speed.
         self._begun = time.monotonic()

@@ -32,6 +32,8 @@ def inputs(prepared: Prepared) -> list[Path]:
     config = prepared.config
     calibrated = None if config.calibrate.statistics is not None else config.calibrate.data
     corpora = [calibrated, config.evaluate.data if config.evaluate else None]
+    if config.recover is not None:
+        corpora.append(config.recover.data or config.calibrate.data)
     texts = [Path(source.path) for each in corpora if each for source in each.sources]
     found = [prepared.moe.checkpoint.folder, prepared.tokenizer, *texts]
     return list(dict.fromkeys(path.absolute() for path in found if path.exists()))

@@ -57,6 +57,8 @@ def _stages(events: Iterable[Event], now: float) -> dict[str, dict[str, Any]]:
                 begun.pop(stage, None)
             case "unit_done":
                 _count(entry, event)
+            case "training":
+                entry["eta"], entry["told"] = event.get("eta_seconds"), event["time"]
             case "unit_lost" if event["retried"]:
                 entry["retries"][event["cause"]] += 1
             case "unit_failed":

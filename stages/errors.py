@@ -5,6 +5,7 @@ UserError
 ├── BudgetError        how many experts to keep, or an exporter that cannot express it
 ├── StatisticsError    statistics of another model, or damaged ones
 ├── StaleUnit          a finished unit was made from another model, data or config
+├── Paused             a training was asked to stop, and left a state to go on from
 ├── TrainingError      recovery met a loss that is no number
 ├── ReplicaError       an expert-parallel replica computes something else than one process
 └── GateError          the written checkpoint did not open as promised
@@ -27,6 +28,10 @@ class StatisticsError(UserError):
 
 class StaleUnit(UserError):
     """A finished unit has another fingerprint than the one now asked for."""
+
+
+class Paused(UserError):
+    """A training stopped because it was asked to; the run says so in words of its own."""
 
 
 class TrainingError(UserError):

@@ -14,14 +14,14 @@ from orchestrator.report.facts import Variant, part
 MAX_DOMAINS = 12
 MAX_BASELINES = 5
 WIDE = 8.0
-MARKERS = {"original": "s", "compressed": "o", "baseline": "D"}
+MARKERS = {"original": "s", "compressed": "o", "unrecovered": "v", "baseline": "D"}
 
 
 def colours(shown: list[Variant]) -> dict[str, str]:
     """Ink for the original, blue for the compressed model, the other hues for baselines."""
     pruned = [variant.name for variant in shown if variant.kind == "baseline"]
     hues = dict(zip(pruned, COLOURS[1:] * len(pruned), strict=False))
-    fixed = {"original": INK, "compressed": BLUE}
+    fixed = {"original": INK, "compressed": BLUE, "unrecovered": MUTED}
     return {v.kind + v.name: fixed.get(v.kind) or hues[v.name] for v in shown}
 
 

@@ -14,9 +14,10 @@ from orchestrator import flops
 from orchestrator.config import RunConfig
 from orchestrator.events import read_events
 from orchestrator.preflight import Prepared
+from orchestrator.recovery import untrained_lines
 from orchestrator.report.cautions import cautions, overlaps, untrained
 from orchestrator.report.history import history
-from orchestrator.run_folder import MAIN, versions
+from orchestrator.run_folder import MAIN, RECOVERED, versions
 from stages.calibrate import coverage
 from stages.calibrate.statistics import domain_sums
 from stages.corpus.stage import count_tokens
@@ -85,6 +86,7 @@ def collect(found: Collected) -> dict[str, Any]:
                 "narrow": config.narrow.model_dump(mode="json"),
                 "refit": config.refit.model_dump(mode="json"),
                 **_compress(config),
+                **_recover(config),
                 "export": config.export.model_dump(mode="json", exclude={"compress"}),
             },
         },
@@ -100,6 +102,7 @@ def collect(found: Collected) -> dict[str, Any]:
         "tokens": _tokens(found),
         "calibrate": _engines(found),
         "routing": _routing(found.statistics),
+        **_training(found),
         **_quality(found.measured),
         "baseline_bytes": dict(found.baseline_bytes),
         "history": course,
@@ -112,6 +115,20 @@ def collect(found: Collected) -> dict[str, Any]:
 def _compress(config: RunConfig) -> dict[str, Any]:
     section = config.compress
     return {} if section is None else {"compress": section.model_dump(mode="json")}
+
+
+def _recover(config: RunConfig) -> dict[str, Any]:
+    section = config.recover
+    return {} if section is None else {"recover": section.model_dump(mode="json")}
+
+
+def _training(found: Collected) -> dict[str, Any]:
+    """What the recovery trained, on how much, and how far the loss fell."""
+    done = found.done.get("recover", ())
+    if found.prepared.config.recover is None or not done:
+        return {}
+    mode = found.prepared.config.recover.mode
+    return {"recover": done[-1].result | {"mode": mode, "seconds": done[-1].seconds}}
 
 
 def _sizes(found: Collected) -> dict[str, Any]:
@@ -201,7 +218,11 @@ def found_cautions(found: Collected) -> list[str]:
         config.calibrate.dedup,
         _layers(found)["refit"],
     )
-    return [*lines, *untrained(config.export.router)]
+    return [
+        *lines,
+        *(untrained(config.export.router) if config.recover is None else ()),
+        *untrained_lines(found.done.get("recover", ())),
+    ]
 
 
 def _engines(found: Collected) -> dict[str, dict[str, int]]:
@@ -227,21 +248,29 @@ def _sums(table: pa.Table) -> dict[tuple[str, int], Any]:
 def _quality(measured: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     if not measured:
         return {}
-    baselines = {name: m for name, m in measured.items() if name not in (ORIGINAL, MAIN)}
+    ours = (ORIGINAL, MAIN, RECOVERED)
+    baselines = {name: m for name, m in measured.items() if name not in ours}
+    # What the run is for; without a recovery that is what was measured as it was reduced.
+    result = measured.get(RECOVERED, measured[MAIN])
     found: dict[str, Any] = {
         "perplexity": {
             "original": measured[ORIGINAL]["perplexity"],
-            "compressed": measured[MAIN]["perplexity"],
+            "compressed": result["perplexity"],
             "baselines": {name: each["perplexity"] for name, each in baselines.items()},
         }
     }
-    if "kl" in measured[MAIN]:
+    if "kl" in result:
         found["kl"] = {
-            "compressed": measured[MAIN]["kl"],
+            "compressed": result["kl"],
             "baselines": {name: each["kl"] for name, each in baselines.items()},
         }
+    if RECOVERED in measured:
+        for name, numbers in found.items():
+            numbers["unrecovered"] = measured[MAIN][name]
     return found
 
 
 def _export_result(found: Collected) -> dict[str, Any]:
-    return found.done["export"][0].result
+    """Of the checkpoint that the run is for: the last one, where it was trained."""
+    last = found.prepared.config.recover is not None
+    return found.done["export"][-1 if last else 0].result

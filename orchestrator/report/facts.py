@@ -12,8 +12,11 @@ from orchestrator.report.wording import as_float, baseline, finite
 
 STAGES = (
     "verify", "corpus", "calibrate", "inputs", "subsample", "probe", "reduce", "group", "decide",
-    "align", "merge", "carry", "transform", "export", "baselines", "evaluate", "report",
+    "align", "merge", "carry", "transform", "export", "baselines", "teach", "recover", "evaluate",
+    "report",
 )  # fmt: skip
+# Where a kind of variant is not called by its name.
+_LABELS = {"unrecovered": "before recovery"}
 EQUAL_BYTES = 0.02
 TIE_NATS = 0.005
 
@@ -31,7 +34,8 @@ class Score:
 
 @dataclass(frozen=True)
 class Variant:
-    """One evaluated model: the original, the compressed one, or a pruning baseline."""
+    """One evaluated model: the original, the compressed one (also before it was trained, where it
+    was), or a pruning baseline."""
 
     name: str
     kind: str
@@ -79,16 +83,18 @@ def _score(source: Any) -> Score:
 
 def _variant(report: dict[str, Any], name: str, kind: str, size: Any) -> Variant:
     where = ("baselines", name) if kind == "baseline" else (name,)
-    label = baseline(name) if kind == "baseline" else name
+    label = baseline(name) if kind == "baseline" else _LABELS.get(kind, name)
     ppl, kl = (_score(part(report, key, *where)) for key in ("perplexity", "kl"))
     return Variant(name, kind, label, as_float(size), ppl, kl)
 
 
 def variants(report: dict[str, Any]) -> list[Variant]:
-    """Original, compressed, then baselines from the best to the worst; only those evaluated."""
+    """Original, compressed, the same before it was trained, then baselines from the best to the
+    worst; only those evaluated."""
     found = [
         _variant(report, "original", "original", part(report, "bytes", "before")),
         _variant(report, "compressed", "compressed", part(report, "bytes", "after")),
+        _variant(report, "unrecovered", "unrecovered", part(report, "bytes", "after")),
     ]
     names = sorted(table(report, "perplexity", "baselines"))
     sizes = table(report, "baseline_bytes")

@@ -66,7 +66,9 @@ def _quality(axes: Axes, report: dict[str, Any]) -> None:
             label.set_fontweight("bold")
     low, high = axes.get_xlim()
     axes.set_xlim(low, high + 0.08 * (high - low))
-    axes.set_xlabel("lower is better, no recovery training", fontsize=8.5)
+    trained = bool(facts.table(report, "recover"))
+    how = "one trained after the reduction" if trained else "no recovery training"
+    axes.set_xlabel(f"lower is better, {how}", fontsize=8.5)
     canvas.title(axes, "perplexity (pruned at equal bytes)" if _fair(report) else "perplexity")
 
 

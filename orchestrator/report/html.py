@@ -34,6 +34,7 @@ def _context(report: dict[str, Any]) -> Row:
         "headline": _unbroken(story.headline(report)),
         "verdict": story.verdict(report),
         "no_recovery": story.no_recovery(report),
+        "trained": story.trained_note(report),
         "refit": _refit_rows(report),
         "tiles": _tiles(report),
         "variants": found,

@@ -19,8 +19,29 @@ REFIT = (
 )
 
 
+RECOVERY = (
+    "The compressed model was TRAINED after its reduction ({what}, {steps} steps, {tokens} tokens)"
+    ' on text and on the original\'s predictions; the row "before recovery" is without that. The'
+    " pruning baselines were not trained."
+)
+_TRAINED = {"router": "router rows", "experts": "experts", "full": "all values"}
+
+
+def trained_note(report: dict[str, Any]) -> str:
+    """For the note under the table of quality."""
+    if facts.table(report, "recover"):
+        return "Overall; only the compressed model was trained after its reduction."
+    return "Overall, without recovery training."
+
+
 def no_recovery(report: dict[str, Any]) -> str:
     """What was and what was not done to the weights beside the reduction itself."""
+    if training := facts.table(report, "recover"):
+        return RECOVERY.format(
+            what=_TRAINED.get(str(training.get("mode")), "values"),
+            steps=wording.count(training.get("steps")),
+            tokens=wording.count(training.get("tokens")),
+        )
     if not facts.table(report, "refit"):
         return NO_RECOVERY
     steps = part(report, "method", "config", "refit", "polish", "steps")

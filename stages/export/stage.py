@@ -73,6 +73,11 @@ class ExportUnit:
         }
 
     @property
+    def needs_code(self) -> bool:
+        """Whether the folder opens with the modeling file that is written beside the weights."""
+        return self._format.needs_code or bool(self.moe.family.code)
+
+    @property
     def _format(self) -> Format:
         return FORMATS[self.config.format]
 

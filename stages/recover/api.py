@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from models.atomic import attempt, text_digest
+from models.atomic import attempt, quick_digest, text_digest
 from models.checkpoint import Checkpoint
-from stages.errors import TrainingError
+from stages.errors import Paused, TrainingError
 from stages.recover.config import RecoverConfig
 from stages.recover.trainer import Trained, Training, train
 from stages.recover.written import on_disk, write_files
@@ -56,7 +56,7 @@ def recover(
     )
     done = train(training)
     if not done.finished:
-        raise TrainingError(f"asked to pause after step {done.step}", "call again to go on")
+        raise Paused(f"asked to pause after step {done.step}", "call again to go on")
     write_folder(checkpoint, done, target)
     if scratch is None:
         shutil.rmtree(folder, ignore_errors=True)
@@ -67,13 +67,10 @@ def fingerprint_of(
     student: Checkpoint, config: RecoverConfig, corpus: Path, taught: Sequence[Path]
 ) -> str:
     """Of everything that a state depends on; not of ranks, nor of where states are cut."""
-    from models.atomic import quick_digest
-
-    free = {"checkpoint_every", "ranks", "deepspeed", "micro_batch"}
     return text_digest(
         [
             [student.identity(file) for file in student.files],
-            config.model_dump(mode="json", exclude=free),
+            config.arithmetic,
             [quick_digest(path) for path in (corpus, *taught)],
         ]
     )

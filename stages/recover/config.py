@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -28,6 +29,8 @@ _PAPER = {
 class TeacherConfig(Settings):
     """What is kept of the original's predictions, once, for all of training."""
 
+    # A checkpoint folder to learn from, with the same tokens; None: the model that is reduced.
+    path: Path | None = None
     # Likeliest tokens kept at every position; the mass of all others is one number more.
     # None: every token, exactly, at vocabulary x 8 bytes a position.
     top: int | None = Field(default=64, gt=0)
@@ -48,6 +51,12 @@ class DeepSpeedConfig(Settings):
     cpu_offload: bool = False
     # The model runs in bfloat16; values are still kept, and updated, in fp32.
     bf16: bool = False
+
+    @model_validator(mode="after")
+    def _rounded_values_have_others_behind_them(self) -> Self:
+        if self.zero_stage == 0 and (self.bf16 or self.cpu_offload):
+            raise ValueError("bf16 and cpu_offload need zero_stage 1, 2 or 3")
+        return self
 
 
 class RecoverConfig(Settings):
@@ -89,6 +98,19 @@ class RecoverConfig(Settings):
     # Processes that train together (DeepSpeed); 1 without a section `deepspeed`: plain torch.
     ranks: int = Field(default=1, gt=0)
     deepspeed: DeepSpeedConfig | None = None
+
+    @property
+    def arithmetic(self) -> dict[str, Any]:
+        """What decides the result up to rounding: not ranks, passes, states, nor where it runs."""
+        free: dict[str, Any] = {"ranks": True, "micro_batch": True, "checkpoint_every": True}
+        free |= {"deepspeed": True, "teacher": {"engine"}}
+        values: dict[str, Any] = self.model_dump(mode="json", exclude=free)
+        return values | {"bf16": self.deepspeed is not None and self.deepspeed.bf16}
+
+    @property
+    def dealt_out(self) -> bool:
+        """Whether DeepSpeed trains, on however many ranks."""
+        return self.ranks > 1 or self.deepspeed is not None
 
     @model_validator(mode="before")
     @classmethod

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,20 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def run_ranks(
-    function: str, folder: Path, size: int = 2, *, path: str | None = None
+    function: str,
+    folder: Path,
+    size: int = 2,
+    *,
+    path: str | None = None,
+    module: str = __name__,
 ) -> list[subprocess.CompletedProcess[str]]:
-    """Runs a function of this module on all ranks and waits; a hang ends after two minutes."""
+    """Runs a function of a module on all ranks and waits; a hang ends after two minutes."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({"PATH": path} if path else {})
     commands = [
-        [sys.executable, "-m", __name__, function, str(rank), str(size), str(port), str(folder)]
+        [sys.executable, "-m", module, function, str(rank), str(size), str(port), str(folder)]
         for rank in range(size)
     ]
     pipe: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -205,8 +211,8 @@ def join_only(folder: Path, group: Any) -> None:
     assert found.equal(2 * hidden.unsqueeze(1).expand(tokens, 2, 4))
 
 
-def main() -> None:
-    """Joins and runs."""
+def main(functions: Mapping[str, Any]) -> None:
+    """Joins and runs; `functions` by name."""
     import torch
 
     from cluster.expert_parallel import Place, join
@@ -214,10 +220,10 @@ def main() -> None:
     function, rank, size, port, folder = sys.argv[1:]
     torch.set_num_threads(1)
     group = join(Place(int(rank), int(size), "127.0.0.1", int(port)))
-    globals()[function](Path(folder), group)
+    functions[function](Path(folder), group)
     # gloo's threads may abort a process that ends in an orderly way after its peer died.
     os._exit(0)
 
 
 if __name__ == "__main__":
-    main()
+    main(globals())

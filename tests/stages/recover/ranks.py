@@ -1,0 +1,53 @@
+"""What real ranks of a training do in tests (`tests/cluster/ranks.py` starts them)."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+from stages.recover.config import RecoverConfig
+from stages.recover.ranks import Ranks
+from tests.cluster.ranks import main, torch_save
+
+
+def training(folder: Path, name: str) -> Any:
+    """The training that `folder/NAME.json` describes."""
+    from stages.recover.trainer import Training
+
+    wanted = json.loads((folder / f"{name}.json").read_text())
+    return Training(
+        student=Path(wanted["student"]),
+        needs_code=False,
+        corpus=Path(wanted["corpus"]),
+        taught=tuple(map(Path, wanted["taught"])),
+        config=RecoverConfig(**wanted["config"]),
+        folder=folder / name,
+    )
+
+
+def train(folder: Path, group: Any) -> None:
+    """Trains what `job.json` describes; every rank writes what it has in the end."""
+    from stages.recover.trainer import train
+
+    done = train(training(folder, "job"), Ranks(group))
+    torch_save({"step": done.step, "values": done.values}, folder / f"rank-{group.rank}.pt")
+
+
+def die_after(folder: Path, group: Any) -> None:
+    """Trains, and is killed on all ranks once four states were due."""
+    from stages.recover.trainer import Loop
+
+    found = training(folder, "job")
+    loop = Loop(found, Ranks(group))
+    while loop.step < 5:
+        loop.advance()
+        if loop.step % found.config.checkpoint_every == 0:
+            loop.save()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main(globals())
