@@ -87,7 +87,7 @@ def test_copies_are_found_and_merged_without_loss_but_only_if_aligned(tmp_path: 
         statistics_of(layer, torch.bincount(each.argmax(1), minlength=12).tolist(), each.numpy())
         for layer, each in enumerate(seen)
     ]
-    decisions = decide(Uncurl(), layers, 6)
+    decisions = decide(Uncurl(zero_diagonal=False), layers, 6)
     before = logits_of(open_model(source), ids)
 
     def apart(name: str, aligned: bool) -> float:
@@ -203,8 +203,8 @@ def test_the_smallest_form_measures_everything_and_goes_on_where_it_ended(tmp_pa
     expected = {cell.slug for cell in cells(quick(Setup(tmp_path)))}
     assert {path.stem for path in (tmp_path / "cells").glob("*.json")} == expected | {"planted-0"}
     planted = found["planted"][0]
-    assert planted["uncurl"]["adjusted_rand"] == [1.0, 1.0]
+    assert planted["uncurl, diagonal kept"]["adjusted_rand"] == [1.0, 1.0]
     for task, loss in planted["original"]["losses"].items():
-        assert planted["uncurl"]["losses"][task] == pytest.approx(loss, abs=1e-4)
+        assert planted["uncurl, diagonal kept"]["losses"][task] == pytest.approx(loss, abs=1e-4)
     held = subprocess.run([*words, "--held"], cwd=REPOSITORY, capture_output=True, text=True)
     assert json.loads(held.stdout.splitlines()[-1]) == found

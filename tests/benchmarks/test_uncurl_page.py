@@ -49,9 +49,10 @@ def test_every_number_is_of_all_seeds() -> None:
 
 @pytest.mark.parametrize("experts", SIZES)
 @pytest.mark.parametrize("recipe", GROUPINGS)
-def test_fewer_experts_cost_more(recipe: str, experts: int) -> None:
+def test_fewer_experts_cost_more_but_for_a_hundredth(recipe: str, experts: int) -> None:
     losses = [at_once(recipe, experts, kept) for kept in sorted(SIZES[experts], reverse=True)]
-    assert all(larger >= smaller for smaller, larger in pairwise(losses))
+    assert all(fewer > more - 0.01 for more, fewer in pairwise(losses))
+    assert losses[-1] > losses[0]
 
 
 @pytest.mark.parametrize(
@@ -68,7 +69,7 @@ def test_alignment_helps(experts: int, kept: int) -> None:
     assert at_once("uncurl", experts, kept) < at_once("uncurl, not aligned", experts, kept)
 
 
-@pytest.mark.parametrize("recipe", ["uncurl", "frequency prune"])
+@pytest.mark.parametrize("recipe", ["uncurl, diagonal kept", "frequency merge", "frequency prune"])
 def test_statistics_of_the_task_serve_it_better_than_those_of_another(recipe: str) -> None:
     (row,) = chosen(ROWS, tuning=PLAIN, recipe=recipe, task=OTHER)
     size = row["experts"], row["kept"]
@@ -86,7 +87,9 @@ def test_a_router_that_is_kept_or_averaged_beats_one_that_is_drawn_anew() -> Non
 
 @pytest.mark.parametrize("planted", FOUND["planted"], ids=lambda row: f"seed {row['seed']}")
 def test_planted_copies_are_found_and_merged_without_loss(planted: dict[str, Any]) -> None:
-    assert set(planted["uncurl"]["adjusted_rand"]) == {1.0}
+    assert set(planted["uncurl, diagonal kept"]["adjusted_rand"]) == {1.0}
+    assert max(planted["uncurl"]["adjusted_rand"]) < 1
     for task, loss in planted["original"]["losses"].items():
-        assert planted["uncurl"]["losses"][task] == pytest.approx(loss, abs=1e-4)
+        found = planted["uncurl, diagonal kept"]["losses"][task]
+        assert found == pytest.approx(loss, abs=1e-4)
         assert planted["frequency prune"]["losses"][task] > loss + 1e-3
