@@ -12,10 +12,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from stages.recover.config import RecoverConfig
+from stages.recover.config import DeepSpeedConfig, RecoverConfig
+from stages.recover.plain import adamw
 from stages.recover.ranks import Ranks
+from stages.recover.state import Named
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 # DeepSpeed computes the norm of a gradient only where it clips it.
