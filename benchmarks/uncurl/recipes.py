@@ -28,6 +28,9 @@ def _router(router: str) -> Recipe:
 # Without training: the original router stays, or loses rows.
 GROUPINGS = {
     "uncurl": Recipe({"method": "uncurl"}, MAPPED, seeded=True),
+    "uncurl, diagonal kept": Recipe(
+        {"method": "uncurl", "zero_diagonal": False}, MAPPED, seeded=True
+    ),
     "uncurl, not aligned": Recipe(
         {"method": "uncurl"}, {**MAPPED, "align": {"enabled": False}}, seeded=True
     ),

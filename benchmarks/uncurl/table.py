@@ -134,7 +134,8 @@ def routers_table(rows: Sequence[Row], task: str) -> str:
     found = {row["recipe"]: row for row in chosen(rows, tuning=ROUTER_ONLY, task=task)}
     if not found:
         return ""
-    marks = list(next(iter(found.values()))["losses"])
+    # JSON has sorted them as text.
+    marks = sorted(next(iter(found.values()))["losses"], key=int)
     lines = [
         [name, *(plus_minus(found[name]["losses"][mark][task]) for mark in marks)]
         for name in ROUTERS

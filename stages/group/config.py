@@ -174,20 +174,29 @@ class Uncurl(_Method):
     """UNCURL (arXiv 2409.01483). Use when: one task, recovery training follows, equal layers."""
 
     method: Literal["uncurl"] = "uncurl"
-    # paper: the published protocol and nothing else. It also asks for a router that is drawn anew
-    # (export.router=reinit), so that the output is of no use before it is trained.
+    # paper: the published protocol and nothing else, with the diagonal that algorithm 1 prints. It
+    # also asks for a router that is drawn anew (export.router=reinit), so that the output is of no
+    # use before it is trained.
     preset: Literal["paper"] | None = None
     # spectral: the method. frequency_merge, frequency_prune: the paper's baselines.
     grouping: Literal["spectral", "frequency_merge", "frequency_prune"] = "spectral"
     # token: logits minus their mean over the experts of a token, which no softmax can see.
     center_logits: Literal["none", "token"] = "none"
-    # As in the spectral clustering that the paper cites; the paper does not say.
+    # As in the spectral clustering that the paper cites; its own algorithm has ones there, and only
+    # with ones were copies of experts always found (docs/uncurl.md).
     zero_diagonal: bool = True
     # The first MoE layer: as the others, by frequency_merge, or left as it is.
     first_layer: Literal["cluster", "frequency", "skip"] = "cluster"
     seed: int = Field(default=0, ge=0)
     # Restarts of k-means.
     n_init: int = Field(default=10, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _paper_keeps_the_diagonal(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("preset") == "paper":
+            return {"zero_diagonal": False} | dict(values)
+        return values
 
     @model_validator(mode="after")
     def _paper_as_printed(self) -> Uncurl:

@@ -25,8 +25,13 @@ from benchmarks.uncurl.recipes import GROUPINGS, RECIPES, ROUTERS, SCRATCH
 from benchmarks.uncurl.setup import Setup, quick
 from benchmarks.uncurl.summary import differences, largest_safe, mean, rows_of, safe_factors, spread
 from models.errors import CheckpointError
+from models.mapped.registration import register
+from models.moe import MoeCheckpoint
 from orchestrator.config import RunConfig
-from tests.tiny import PROPERTY, logits_of, open_model, random_ids
+from stages.export.config import ExportConfig
+from stages.group.config import Uncurl
+from stages.group.methods.uncurl import decide
+from tests.tiny import PROPERTY, compress, logits_of, open_model, random_ids, statistics_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LABELS = st.lists(st.integers(0, 3), min_size=2, max_size=12)
@@ -69,6 +74,33 @@ def test_copied_experts_leave_the_function_as_it_is_and_noise_moves_it(tmp_path:
     rows = same.model.layers[0].mlp.experts.down_proj.detach()  # [E, H, F]
     assert not rows[0].equal(rows[3])
     assert rows[0].sort(dim=1).values.equal(rows[3].sort(dim=1).values)
+
+
+def test_copies_are_found_and_merged_without_loss_but_only_if_aligned(tmp_path: Path) -> None:
+    """E-U4 of the plan of experiments: the strongest evidence that all steps fit together."""
+    source, ids = tiny(tmp_path / "source"), random_ids(8, 24)
+    clone(source, tmp_path / "copied", copies=4, noise=1e-5, seed=0)
+    model = open_model(tmp_path / "copied")
+    with torch.inference_mode():
+        seen = model(input_ids=ids, output_router_logits=True).router_logits  # [T, E] each
+    layers = [
+        statistics_of(layer, torch.bincount(each.argmax(1), minlength=12).tolist(), each.numpy())
+        for layer, each in enumerate(seen)
+    ]
+    decisions = decide(Uncurl(zero_diagonal=False), layers, 6)
+    before = logits_of(open_model(source), ids)
+
+    def apart(name: str, aligned: bool) -> float:
+        moe, folder = MoeCheckpoint.open(tmp_path / "copied"), tmp_path / name
+        folder.mkdir()
+        export = ExportConfig(format="mapped")
+        register()
+        made = open_model(compress(moe, decisions, folder, export, aligned=aligned))
+        return float((logits_of(made, ids) - before).abs().max() / before.abs().max())
+
+    assert [adjusted_rand(d.group, [0, 1, 2] * 4) for d in decisions] == [1.0, 1.0]
+    assert apart("aligned", True) < 2e-3
+    assert apart("not aligned", False) > 0.05
 
 
 def test_copies_of_experts_that_share_a_token_are_refused(tmp_path: Path) -> None:
@@ -171,8 +203,8 @@ def test_the_smallest_form_measures_everything_and_goes_on_where_it_ended(tmp_pa
     expected = {cell.slug for cell in cells(quick(Setup(tmp_path)))}
     assert {path.stem for path in (tmp_path / "cells").glob("*.json")} == expected | {"planted-0"}
     planted = found["planted"][0]
-    assert planted["uncurl"]["adjusted_rand"] == [1.0, 1.0]
+    assert planted["uncurl, diagonal kept"]["adjusted_rand"] == [1.0, 1.0]
     for task, loss in planted["original"]["losses"].items():
-        assert planted["uncurl"]["losses"][task] == pytest.approx(loss, abs=1e-4)
+        assert planted["uncurl, diagonal kept"]["losses"][task] == pytest.approx(loss, abs=1e-4)
     held = subprocess.run([*words, "--held"], cwd=REPOSITORY, capture_output=True, text=True)
     assert json.loads(held.stdout.splitlines()[-1]) == found
