@@ -33,10 +33,15 @@ def tables(results: Mapping[str, Any]) -> str:
     usual = [cell for cell in cells if cell["learning_rate"] == rate]
     splits = list(results["setup"]["size"]["splits"])
     made = results["machine"]
+    by_counts = "; ".join(
+        f"{split}: single tokens {each['single']:,.0f}, pairs {each['pairs']:,.0f}"
+        for split, each in results["counted"].items()
+    )
     parts = [
         f"{len(cells)} of {results['planned']} models, transformers {made['transformers']}, torch"
         f" {made['torch']}, one thread each. Behind ±: the seed that is farthest from the mean.\n"
     ]
+    parts.append(f"\nPerplexity per word by counts of the training split alone, {by_counts}.\n")
     parts += [_perplexities(usual, split) for split in splits]
     parts += [_differences(usual, splits), _rates(cells), _layers(usual)]
     return "\n".join(parts)
