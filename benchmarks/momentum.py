@@ -25,7 +25,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.momentum_cell import Cell, Place, Size, result_file, run
-from benchmarks.momentum_text import BUNDLED, save_tokenizer
+from benchmarks.momentum_text import BUNDLED, counted, save_tokenizer
 
 HEADLINE_RATE = "2.5"
 PAIR = ("smoe", "momentum")
@@ -150,17 +150,21 @@ def _one_thread() -> None:
 
 def measure(setup: Setup) -> dict[str, Any]:
     """Everything that the command prints."""
+    from transformers import AutoTokenizer
+
     cells = trained(setup)
     first = next(cell for cell in setup.cells if cell.variant == "momentum")
-    place = Place(setup.out)
+    place, size = Place(setup.out), setup.size
+    tokenizer = AutoTokenizer.from_pretrained(place.tokenizer)
     return {
         "mu0_bit_equal": mu0_bit_equal(),
-        **headline(cells, first, setup.size.splits[0]),
+        **headline(cells, first, size.splits[0]),
         "compressed_opens": compressed_opens(place.model(first), setup.out / "run"),
         "learning_rate": LEARNING_RATE,
         "planned": len(setup.cells),
         "setup": asdict(setup) | {"out": None, "workers": None},
         "machine": machine(),
+        "counted": {each: counted(tokenizer, each, size.characters) for each in size.splits},
         "cells": cells,
     }
 

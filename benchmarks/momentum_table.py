@@ -32,7 +32,17 @@ def tables(results: Mapping[str, Any]) -> str:
     cells, rate = results["cells"], results["learning_rate"]
     usual = [cell for cell in cells if cell["learning_rate"] == rate]
     splits = list(results["setup"]["size"]["splits"])
-    parts = [_perplexities(usual, split) for split in splits]
+    made = results["machine"]
+    by_counts = "; ".join(
+        f"{split}: single tokens {each['single']:,.0f}, pairs {each['pairs']:,.0f}"
+        for split, each in results["counted"].items()
+    )
+    parts = [
+        f"{len(cells)} of {results['planned']} models, transformers {made['transformers']}, torch"
+        f" {made['torch']}, one thread each. Behind ±: the seed that is farthest from the mean.\n"
+    ]
+    parts.append(f"\nPerplexity per word by counts of the training split alone, {by_counts}.\n")
+    parts += [_perplexities(usual, split) for split in splits]
     parts += [_differences(usual, splits), _rates(cells), _layers(usual)]
     return "\n".join(parts)
 
@@ -50,7 +60,7 @@ def _perplexities(cells: Cells, split: str) -> str:
 
 
 def _differences(cells: Cells, splits: Sequence[str]) -> str:
-    """Nats per token against the SMoE of the same style, depth and seed; below zero is better."""
+    """Against the SMoE of the same style, depth and seed; below zero is better."""
     head = ["block", "layers", "variant", "seeds"]
     head += [f"{split}, {p} %" for split in splits for p in _PERCENT]
     plain = {_key(cell): cell for cell in cells if cell["variant"] == "smoe"}
@@ -90,12 +100,7 @@ def _rates(cells: Cells) -> str:
 def _layers(cells: Cells) -> str:
     """Load and norms per layer, means over seeds."""
     head = ["block", "layers", "variant", "figure", "by layer, from the first"]
-    names = {
-        "load_entropy": "entropy of load / ln E",
-        "load_largest": "largest load x E",
-        "output_norm": "mean norm of u",
-        "state_norm": "mean norm of x",
-    }
+    names = {"load_entropy": "entropy of load / ln E", "output_norm": "mean norm of u"}
     rows = []
     deepest = [c for c in cells if c["layers"] == cells[0]["layers"]]
     for (style, layers, variant), some in _groups(deepest, "style", "layers", "variant"):

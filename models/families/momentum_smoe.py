@@ -23,7 +23,8 @@ def _behind_experts(config: Mapping[str, Any]) -> str | None:
 def _error_gains(config: Mapping[str, Any]) -> Mapping[int, float]:
     from models.momentum.configuration_momentum import MomentumConfig
 
-    return MomentumConfig.from_dict(dict(config)).error_gains
+    gains: Mapping[int, float] = MomentumConfig.from_dict(dict(config)).error_gains
+    return gains
 
 
 FAMILY = Family(
