@@ -182,6 +182,8 @@ def collect(
         "original": original,
         "rows": main,
     }
+    if "all tokens" in plans:
+        found["setup_all_tokens"] = plans["all tokens"][0].setup.settings()
     if "domain" in plans:
         found["calibration_tokens"] = [
             {"tokens": tokens, "rows": rows(f"tokens-{tokens}")} for tokens in TOKENS

@@ -122,7 +122,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _one_by_one(experts: Expert, x: Tensor, hits: list[int], act: Activation) -> Tensor:
     """[n, H] of rows [n, H] that lie expert by expert, `hits` of each."""
     made = []
-    for index, some in enumerate(x.split(hits)):
+    for index, some in enumerate(torch.split(x, hits)):
         one = experts.map(lambda tensor, index=index: tensor[index])  # type: ignore[misc]
         made.append(output(one, activations(one, some, act)))
     return torch.cat(made)
