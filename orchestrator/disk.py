@@ -41,13 +41,13 @@ def needs(run: Prepared) -> list[Need]:
     refit = "or lower refit.together or calibrate.data.tokens"
     taught = "or lower recover.teacher.top"
     baselines = "or drop baselines with evaluate.baselines=[]"
-    written = models + measured_bytes(run)
+    written = models + trained_bytes(run) + measured_bytes(run)
     found = [
         ("when all is written", written, baselines),
         ("while outputs are evaluated by layers", written + evaluation_bytes(run), baselines),
         (f"while the hidden states of {shards_at_once(run)} shards stream", hidden, _STREAMS),
         ("while all experts are evaluated", scratch, fewer),
-        ("while the output is trained", models + recover_bytes(run), taught),
+        ("while the output is trained", models + trained_bytes(run) + training_bytes(run), taught),
         ("while layers are refitted behind reduced ones", models + carried_bytes(run), refit),
     ]
     return [
@@ -62,7 +62,8 @@ def peak_bytes(run: Prepared) -> int:
 
 def disk_bytes(run: Prepared) -> int:
     """What a run has written at its end, baselines included."""
-    return observed_bytes(run) + model_bytes(run) + measured_bytes(run)
+    kept = model_bytes(run) + trained_bytes(run)
+    return observed_bytes(run) + kept + measured_bytes(run)
 
 
 def observed_bytes(run: Prepared) -> int:
@@ -136,15 +137,21 @@ def shards_at_once(run: Prepared) -> int:
     return min(engine.worker_count(run), run.config.calibrate.shards)
 
 
-def recover_bytes(run: Prepared) -> int:
-    """Trained files, the teacher's predictions, text, and three states: two that are kept and one
-    that is being written."""
+def trained_bytes(run: Prepared) -> int:
+    """The trained output, beside the one before training."""
+    if run.config.recover is None:
+        return 0
+    return sum(each.file_bytes for each in expected_layouts(run.variants[0], run.moe))
+
+
+def training_bytes(run: Prepared) -> int:
+    """The teacher's predictions, text, and three states: two that are kept and one that is being
+    written."""
     config = run.config.recover
     if config is None:
         return 0
-    trained = sum(each.file_bytes for each in expected_layouts(run.variants[0], run.moe))
     text = 4 * (config.data or run.config.calibrate.data).tokens
-    return trained + estimate.taught_bytes(run) + 3 * estimate.state_bytes(run) + text
+    return estimate.taught_bytes(run) + 3 * estimate.state_bytes(run) + text
 
 
 def check_disk(run: Prepared) -> None:

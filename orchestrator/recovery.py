@@ -149,9 +149,8 @@ def recovered(
     for state in run.folder.recover.glob("state-*.safetensors*"):
         state.unlink()
     after = export_unit(run, before, unit)
-    scheduler.run(
-        "export", [after], export.run_one, estimate.export(run, before.layouts, before.engine)
-    )
+    memory = estimate.export(run, before.layouts, before.engine)
+    scheduler.run("export", [after], export.run_one, memory)
     return after
 
 

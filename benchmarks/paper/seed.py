@@ -65,7 +65,7 @@ class Setup:
     piece: int = 48  # tokens of a source, and of a target
     windows: int = 12  # per domain that is reported
     observed: int = 24_576  # tokens
-    steps: int = 32  # of recovery
+    steps: int = 16  # of recovery
     batch: int = 8  # windows per step
     rate: float = 2e-3
     alpha: float = 1.0

@@ -24,6 +24,7 @@ FIGURES = {
         "prefill_over_merged",
         "decode_over_merged",
         "perplexity_over_original_no_recovery",
+        "perplexity_over_original_recovered",
     ),
 }
 REPOSITORY = Path(__file__).resolve().parents[2]
