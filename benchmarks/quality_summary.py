@@ -64,6 +64,7 @@ def _row(original: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> Row
     domains = {domain: mean(each[domain] for each in by_seed) for domain in by_seed[0]}
     rise = mean(domains.values())
     recipe = METHODS[first["method"]]
+    spent = [cell["cpu_seconds"] for cell in cells if "cpu_seconds" in cell]
     return {
         "method": first["method"],
         "keep": first["keep"],
@@ -83,5 +84,7 @@ def _row(original: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> Row
         "expert_bytes": first["expert_bytes"],
         "bytes": first["bytes"],
         "flops_per_token": first["flops_per_token"],
+        # Of building it in one process with one thread; null: not counted.
+        "cpu_seconds": mean(spent) if spent else None,
         "domains": domains,
     }
