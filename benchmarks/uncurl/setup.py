@@ -75,7 +75,7 @@ def quick(setup: Setup) -> Setup:
     return replace(
         setup,
         seeds=(0,),
-        kept={8: (4, 2), 4: (2,)},
+        kept={8: (4, 2)},
         sizes=(8, 4),
         tokens=2560,
         evaluated=512,
