@@ -210,8 +210,8 @@ def untrained_lines(done: Sequence[Done]) -> list[str]:
 
     found = [each.result.get("untrained", {}) for each in done]
     return [
-        f"layer {layer}: experts {shown(experts)} never got a gradient in the recovery and are as"
-        " they were (more or other text in recover.data would reach them)"
+        f"layer {layer}: experts {shown(experts)} never got a gradient in the recovery: no token"
+        " that was trained on was sent to them (more or other text in recover.data may be)"
         for silent in found
         for layer, experts in sorted(silent.items(), key=lambda pair: int(pair[0]))
     ]

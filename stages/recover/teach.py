@@ -7,6 +7,7 @@ states of a part lie in files beside its output and every layer is read once per
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,5 +57,6 @@ def say(
     for logits, _, mask in spoken:
         for said, real in zip(logits, mask, strict=True):
             predicting = said[:-1][real[1:] & real[:-1]]
-            rows.append(teacher_of(predicting, config.temperature, config.teacher.top))
+            found = teacher_of(predicting, config.temperature, config.teacher.top)
+            rows.append(replace(found, ids=found.ids.int()))
     write_taught(output, rows)
