@@ -1,4 +1,4 @@
-"""The rows as a picture: size against the rise of the log-perplexity, with and without recovery."""
+"""The rows as a picture: the rise of the log-perplexity as made and recovered."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from benchmarks.paper.tables import Found, of, rises
 
 
 def draw(found: Found, path: Path) -> None:
-    """One panel per model; bars span one standard deviation over seeds."""
+    """One panel per model; lines span one standard deviation over seeds to both sides."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -19,16 +19,16 @@ def draw(found: Found, path: Path) -> None:
     models = list(dict.fromkeys(each["model"] for each in found["cells"]))
     figure, axes = plt.subplots(1, len(models), figsize=(5 * len(models), 3.6), squeeze=False)
     for axis, model in zip(axes[0], models, strict=True):
-        for label, cells, marker in (("as made", ROWS, "o"), ("recovered", RECOVERED, "s")):
-            names = [name for name in cells if name != "full"]
-            sizes = [of(found, model, cells[name])[0]["parameters"] / 1e6 for name in names]
+        names = list(RECOVERED)
+        for shift, label, cells in ((-0.2, "as made", ROWS), (0.2, "recovered", RECOVERED)):
             values = [rises(found, model, cells[name]) for name in names]
-            bars = [stdev(each) if len(each) > 1 else 0.0 for each in values]
-            means = [mean(each) for each in values]
-            axis.errorbar(sizes, means, bars, fmt=marker, capsize=3, label=label)
-            for name, size, height in zip(names, sizes, means, strict=True):
-                axis.annotate(name, (size, height), xytext=(4, 4), textcoords="offset points")
-        axis.set(title=model, xlabel="parameters, M", ylabel="rise of log-perplexity, nats")
+            lines = [stdev(each) if len(each) > 1 else 0.0 for each in values]
+            places = [number + shift for number in range(len(names))]
+            axis.bar(places, [mean(each) for each in values], 0.4, yerr=lines, label=label)
+        sizes = [of(found, model, ROWS[name])[0]["parameters"] / 1e6 for name in names]
+        labels = [f"{name}\n{size:.2f} M" for name, size in zip(names, sizes, strict=True)]
+        axis.set_xticks(range(len(names)), labels)
+        axis.set(title=model, ylabel="rise of log-perplexity, nats")
         axis.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=110, metadata={"Software": None})
