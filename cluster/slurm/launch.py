@@ -30,6 +30,7 @@ EXIT_AGAIN = 75
 # Of the lead time, what is kept for ending driver and cluster and for requeueing; half at most.
 _RESERVE_SECONDS = 20.0
 _ENDS_SECONDS = 20.0
+_REQUEUES_SECONDS = 5.0
 # Found out by cutting nodes off: with Ray's defaults a task on a silent node waits for minutes.
 _RAY = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -60,6 +61,10 @@ class Launch:
         self._python = shlex.split(options.python)
         self._child: subprocess.Popen[bytes] | None = None
         self._asked: set[int] = set()
+        # When the time limit comes at the earliest, once Slurm has warned of it; and whether the
+        # driver was told to end before it.
+        self._limit: float | None = None
+        self._overdue = False
 
     def run(self) -> int:
         """The driver's exit code, or 75 when the job should be started again."""
@@ -112,8 +117,14 @@ class Launch:
             words = ["scancel", "--signal=TERM", f"{self._job.job}.{number}"]
             subprocess.run(words, capture_output=True, check=False)
             with suppress(subprocess.TimeoutExpired):
-                step.wait(timeout=_ENDS_SECONDS)
-        _end(step, _ENDS_SECONDS)
+                step.wait(timeout=self._in_time(_ENDS_SECONDS))
+        _end(step, self._in_time(_ENDS_SECONDS))
+
+    def _in_time(self, seconds: float) -> float:
+        """As long, but so that the job can still requeue itself; Slurm then ends what is left."""
+        if self._limit is None:
+            return seconds
+        return min(seconds, max(self._limit - time.monotonic() - _REQUEUES_SECONDS, 0.0))
 
     def _srun(self) -> list[str]:
         nodes = str(len(self._job.nodes))
@@ -164,16 +175,30 @@ class Launch:
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         """Slurm's signals go to the driver; the deadline follows the warning."""
         if number == signal.SIGALRM:
-            say("the driver is not done with its last units: ending them")
-            number = signal.SIGTERM
-        else:
-            say(f"got {signal.Signals(number).name}")
-            self._asked.add(number)
+            self._end_driver()
+            return
+        say(f"got {signal.Signals(number).name}")
+        self._asked.add(number)
         if number == signal.SIGUSR1:
             lead = self._options.lead_seconds
+            self._limit = time.monotonic() + lead
             signal.setitimer(signal.ITIMER_REAL, max(lead - _RESERVE_SECONDS, lead / 2))
         if self._child is not None and self._child.poll() is None:
             self._child.send_signal(number)
+
+    def _end_driver(self) -> None:
+        """The deadline: asks, and kills if half of what is left of the time goes by."""
+        if self._child is None or self._child.poll() is not None or self._limit is None:
+            return
+        if self._overdue:
+            say("the driver does not end: killing it")
+            self._child.kill()
+            return
+        say("the driver is not done with its last units: ending them")
+        self._overdue = True
+        self._child.terminate()
+        left = (self._limit - time.monotonic()) / 2
+        signal.setitimer(signal.ITIMER_REAL, max(left, 1.0))
 
 
 def _end(process: subprocess.Popen[bytes], seconds: float) -> None:

@@ -181,7 +181,7 @@ def test_a_job_at_its_time_limit_ends_hung_units_and_starts_again_beside_one_tha
 ) -> None:
     """While the first waits for its limit, the second waits for a node that does not join."""
     run_dir, lonely = tmp_path / "run", tmp_path / "lonely"
-    job = lab.submit(run_dir, "slurm.time='60'")
+    job = lab.submit(run_dir, "slurm.time='60'", "slurm.lead_seconds=20")
     hold(lab, run_dir)
     # However slow the machine: the limit comes half a minute to one and a half from now.
     limit = (lab.seconds(job) + 30) // 60 + 1
@@ -202,7 +202,8 @@ def test_a_job_at_its_time_limit_ends_hung_units_and_starts_again_beside_one_tha
     assert_gave_up_for_want_of_n2(lab, other, lonely)
     assert lab.await_end(job) == "COMPLETED 1 0:0", logs_of(run_dir)
     assert bytes_of(run_dir) == undisturbed
-    assert stopped(run_dir)[-1] == 143
+    # A driver that is too slow to end is killed, and says nothing.
+    assert stopped(run_dir) == ([] if "killing it" in logs_of(run_dir) else [143])
 
 
 def assert_gave_up_for_want_of_n2(lab: Lab, job: str, run_dir: Path) -> None:

@@ -117,3 +117,35 @@ def test_nothing_in_the_product_unpickles_files(word: str) -> None:
     users = [path.name for path in modules if f"import {word}" in path.read_text()]
     users += [path.name for path in modules if f"{word}(" in path.read_text()]
     assert not users
+
+
+STUBBORN = """
+import argparse, os, signal, subprocess, sys
+from pathlib import Path
+from cluster.slurm.allocation import Allocation
+from cluster.slurm.launch import Launch
+
+options = argparse.Namespace(run=Path(sys.argv[1]), python=sys.executable, lead_seconds=2)
+launch = Launch(options, Allocation("7", 0, ("n1",), 1))
+for number in (signal.SIGUSR1, signal.SIGALRM):
+    signal.signal(number, launch._pass_on)
+step = subprocess.Popen(["sleep", "60"])
+ignores = "import os, signal, time\\nfor n in (10, 15): signal.signal(n, signal.SIG_IGN)\\n"
+ignores += "os.kill(os.getppid(), signal.SIGUSR1); time.sleep(60)"
+code = launch._watch([sys.executable, "-c", ignores], step, os.environ)
+print(code, launch._verdict(code), launch._in_time(20) < 2)
+step.kill()
+"""
+
+
+def test_a_driver_that_does_not_end_is_killed_before_the_time_limit(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", STUBBORN, tmp_path], capture_output=True, text=True, check=True
+    )
+    said = [line.split("coalesce: ")[-1] for line in done.stdout.splitlines()]
+    assert said == [
+        "got SIGUSR1",
+        "the driver is not done with its last units: ending them",
+        "the driver does not end: killing it",
+        "-9 75 True",
+    ]
