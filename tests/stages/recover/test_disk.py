@@ -16,6 +16,7 @@ from models.errors import DiskFull
 from stages.recover.api import recover
 from tests.stages.recover.small import config, make
 
+pytestmark = pytest.mark.slow
 MOUNTABLE = shutil.which("mount") is not None and os.geteuid() == 0
 
 
