@@ -39,12 +39,12 @@ def tables(results: Mapping[str, Any]) -> str:
     )
     parts = [
         f"{len(cells)} of {results['planned']} models, transformers {made['transformers']}, torch"
-        f" {made['torch']}, one thread each. Behind ±: the seed that is farthest from the mean.\n"
+        f" {made['torch']}, one thread each. Behind ±: the seed that is farthest from the mean."
     ]
-    parts.append(f"\nPerplexity per word by counts of the training split alone, {by_counts}.\n")
+    parts.append(f"\nPerplexity per word by counts of the training split alone, {by_counts}.")
     parts += [_perplexities(usual, split) for split in splits]
     parts += [_differences(usual, splits), _rates(cells), _layers(usual)]
-    return "\n".join(parts)
+    return "\n".join(part for part in parts if part) + "\n"
 
 
 def _perplexities(cells: Cells, split: str) -> str:
@@ -153,7 +153,7 @@ def _signed(values: Sequence[float]) -> str:
 def _table(title: str, head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     lines = [f"\n{title}:\n", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     lines += ["| " + " | ".join(str(each) for each in row) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def draw(results: Mapping[str, Any], path: Path) -> None:

@@ -14,7 +14,7 @@ from benchmarks.momentum_table import draw, tables
 
 @pytest.mark.slow
 def test_the_quick_form_measures_everything_it_promises(tmp_path: Path) -> None:
-    words = ["--quick", "--steps", "4", "--threads", "1", "--out", str(tmp_path / "out")]
+    words = ["--quick", "--steps", "4", "--out", str(tmp_path / "out")]
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.momentum", *words],
         capture_output=True,
