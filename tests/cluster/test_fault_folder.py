@@ -25,7 +25,7 @@ from tests.cluster.faults import (
 )
 from tests.orchestrator.tiny_run import Inputs
 
-pytestmark = [pytest.mark.slow, pytest.mark.fault, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.fault, pytest.mark.timeout(1800)]
 HERE = ("executor.kind=local", *SHORT)
 YEAR_2100, YEAR_1980 = 4102444800, 315532800
 

@@ -19,7 +19,7 @@ from tests.cluster.faults import (
 )
 from tests.orchestrator.tiny_run import Inputs
 
-pytestmark = [pytest.mark.slow, pytest.mark.fault, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.fault, pytest.mark.timeout(1800)]
 # What else runs on the machine may grow by so much meanwhile.
 ROOM, MORE = 6 << 30, 2 << 30
 

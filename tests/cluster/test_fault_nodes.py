@@ -26,7 +26,7 @@ from tests.cluster.faults import (
 )
 from tests.orchestrator.tiny_run import Inputs
 
-pytestmark = [pytest.mark.slow, pytest.mark.fault, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.fault, pytest.mark.timeout(1800)]
 # What the Slurm launcher sets too, but quicker: a dead node is to be noticed within the test.
 QUICK = {
     "RAY_grpc_client_keepalive_time_ms": "10000",

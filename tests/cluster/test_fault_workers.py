@@ -18,7 +18,7 @@ from tests.cluster.faults import (
 )
 from tests.orchestrator.tiny_run import Inputs
 
-pytestmark = [pytest.mark.slow, pytest.mark.fault, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.fault, pytest.mark.timeout(1800)]
 # Files that a unit of each stage is writing when its worker is killed.
 STAGES = {
     "verify": r"/verify/\.",
