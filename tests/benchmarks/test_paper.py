@@ -90,6 +90,7 @@ def test_a_factored_linear_is_its_matrix(share: float) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # tokenises ten megabytes of text
 def test_the_smallest_form_runs_and_is_not_measured_twice(tmp_path: Path) -> None:
     """Of every kind of cell one, on both models; a second call reads what the first wrote."""
     chosen = [

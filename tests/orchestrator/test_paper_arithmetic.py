@@ -57,6 +57,7 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Plan
         yield found
 
 
+@pytest.mark.slow
 def test_sizes_of_switch_base_32(planned: dict[str, Planned]) -> None:
     """Assumed: the first sparse layer stays whole, every other one keeps 8 of 32; both matrices of
     all distinct experts have rank 32 and a tenth of the rows of S, whose zeros are not counted."""
@@ -67,6 +68,7 @@ def test_sizes_of_switch_base_32(planned: dict[str, Planned]) -> None:
     assert 1 - small / full == pytest.approx(0.807, abs=1e-3)  # "up to 80 % memory"
 
 
+@pytest.mark.slow
 def test_flops_of_switch_base_32(planned: dict[str, Planned]) -> None:
     """4.65 -> 3.83 TFLOPs is a factor of 0.8237. The paper does not say for how many tokens.
 
@@ -90,6 +92,7 @@ def test_flops_of_switch_base_32(planned: dict[str, Planned]) -> None:
     assert 4.65 * factor(512) == pytest.approx(3.83, abs=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "wanted"),
     [
@@ -109,6 +112,7 @@ def test_plan_prints_it(planned: dict[str, Planned], name: str, wanted: list[str
     assert [each for each in wanted if each not in text] == [], text
 
 
+@pytest.mark.slow
 def test_bytes_of_mixtral_are_its_values(planned: dict[str, Planned]) -> None:
     """Two bytes each, an index of eight per kept row, the maps, and headers."""
     mixtral = planned["mixtral-8x7b"]
