@@ -1,7 +1,7 @@
 """What recovery brings: the bundled model reduced, trained after the original, and measured.
 
-Two cases: half of the experts merged (MC-SMoE's merging, refitted), and with U V + S on top,
-at a fifth of the expert bytes. Each is one run with a section `recover`; plain pruning at the same
+Three cases: half of the neurons (`coalesce`), half of the experts merged (MC-SMoE's merging,
+refitted), and that with U V + S on top, at a fifth of the expert bytes. Each is one run with a section `recover`; plain pruning at the same
 bytes and the checkpoint before training are measured beside it. Runs are kept in --work and go on
 where they were cut; --out is the file of results, from which --page gets its table.
 """
@@ -29,9 +29,11 @@ MERGED: dict[str, Any] = {
     "refit": {"enabled": True, "polish": {"steps": 0}},
     "export": {"format": "mapped"},
 }
+NARROWED: dict[str, Any] = {"group": {"method": "coalesce", "budget": {"keep_ratio": 0.5}}}
 SMALL = {"ratio": 0.25, "sparse": 0.15, "importance": "activations", "whiten": True}
 # Name -> sections of the run, and the rise of the perplexity that is aimed at.
 CASES: dict[str, tuple[dict[str, Any], float]] = {
+    "half of the neurons": (NARROWED, 1.02),
     "half of the experts": (MERGED, 1.02),
     "a fifth of the expert bytes": (MERGED | {"compress": SMALL}, 1.05),
 }
