@@ -18,7 +18,7 @@ from stages.recover.stage import TrainUnit, make_rank, make_trainer, run_train
 from stages.unit import execute
 from tests.stages.recover.small import Small, config, make
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def unit_of(small: Small, folder: Path, **changes: Any) -> TrainUnit:

@@ -22,15 +22,16 @@ from stages.recover.api import recover
 from stages.recover.progress import read_course
 from tests.orchestrator.tiny_run import Inputs
 
-pytestmark = pytest.mark.slow
-STEPS = 120
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+# Seconds of them are left when the wish to stop arrives.
+STEPS = 600
 RECOVER: dict[str, Any] = {
     "mode": "full",
     "steps": STEPS,
     "batch": 4,
     "warmup": 1,
     "learning_rate": 0.002,
-    "checkpoint_every": 10,
+    "checkpoint_every": 20,
     "alpha": 0,
 }
 
@@ -44,18 +45,22 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for path in files for name, tensor in load_file(path).items()}
 
 
-def start(made: Path) -> subprocess.Popen[str]:
+def start(made: Path) -> subprocess.Popen[bytes]:
     words = [sys.executable, "-m", "orchestrator", "run", str(made), "--quiet"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.Popen(words, env=environment, text=True, **pipes)
+    with log_of(made).open("w") as log:
+        return subprocess.Popen(words, env=environment, stdout=log, stderr=log)
 
 
-def await_step(process: subprocess.Popen[str], folder: RunFolder, step: int) -> None:
+def log_of(made: Path) -> Path:
+    return made.with_suffix(".log")
+
+
+def await_step(process: subprocess.Popen[bytes], made: Path, folder: RunFolder, step: int) -> None:
     """Until the training has made so many steps."""
     deadline = time.monotonic() + 300
     while len(read_course(folder.recover / "course.jsonl")) < step:
-        assert process.poll() is None, process.communicate()[0]
+        assert process.poll() is None, log_of(made).read_text()
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -65,21 +70,21 @@ def test_paused_then_killed_it_ends_in_the_bytes_of_an_undisturbed_training(
 ) -> None:
     made, folder = recipe(inputs), RunFolder(inputs.run_dir)
     paused = start(made)
-    await_step(paused, folder, 3)
+    await_step(paused, made, folder, 3)
     paused.send_signal(signal.SIGUSR1)
-    assert paused.wait(timeout=200) == 75, paused.communicate()[0]
+    assert paused.wait(timeout=200) == 75, log_of(made).read_text()
     assert "stopped by SIGUSR1" in headline(folder)
     at = len(read_course(folder.recover / "course.jsonl"))
-    assert 3 <= at < STEPS
+    assert 3 <= at < STEPS - 15
     assert (folder.recover / f"state-{at:08d}.safetensors").exists()
     killed = start(made)
-    await_step(killed, folder, min(at + 15, STEPS - 1))
+    await_step(killed, made, folder, at + 15)
     killed.send_signal(signal.SIGKILL)
     killed.wait(timeout=60)
     assert not (folder.root / "output").exists()
     assert list(folder.recover.glob("state-*.safetensors"))
     ended = start(made)
-    assert ended.wait(timeout=300) == 0, ended.communicate()[0]
+    assert ended.wait(timeout=300) == 0, log_of(made).read_text()
     undisturbed = inputs.root / "undisturbed" / "output"
     config = load(str(made)).config.recover
     assert config is not None
