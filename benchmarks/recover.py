@@ -1,9 +1,10 @@
 """What recovery brings: the bundled model reduced, trained after the original, and measured.
 
 Three cases: half of the neurons (`coalesce`), half of the experts merged (MC-SMoE's merging,
-refitted), and that with U V + S on top, at a fifth of the expert bytes. Each is one run with a section `recover`; plain pruning at the same
-bytes and the checkpoint before training are measured beside it. Runs are kept in --work and go on
-where they were cut; --out is the file of results, from which --page gets its table.
+refitted), and that with U V + S on top, at a fifth of the expert bytes. Each is one run with a
+section `recover`; plain pruning at the same bytes and the checkpoint before training are measured
+beside it. Runs are kept in --work and go on where they were cut; --out is the file of results, from
+which --page gets its table.
 """
 
 from __future__ import annotations
