@@ -16,6 +16,9 @@ from torch import Tensor
 # Neurons are removed in about this many blocks: within a block one by one and exactly, among the
 # least salient ones; all others are updated once per block, by matrix products.
 BLOCKS = 64
+# The least ridge: against exactly singular Grams (fewer tokens than neurons, dead neurons), far
+# above the rounding of fp64 and far below any ridge that is worth choosing.
+_JITTER = 1e-9
 
 
 @dataclass(frozen=True)
@@ -61,12 +64,14 @@ def narrow(gram: Tensor, rows: Tensor, keep: int, ridge: float, blocks: int = BL
 def damp(gram: Tensor, ridge: float) -> Tensor:
     """[I, I] the Gram matrix with `ridge` mean diagonals added; the identity if there is no data.
 
+    Never less than 1e-9 of them, so that a Gram that is exactly singular can be solved.
+
     With the identity the surgeon keeps the largest rows of the down projection.
     """
     mean = float(gram.diagonal().mean())
     if mean <= 0:
         return torch.eye(len(gram), dtype=torch.float64)
-    return gram + torch.eye(len(gram), dtype=torch.float64) * (ridge * mean)
+    return gram + torch.eye(len(gram), dtype=torch.float64) * (max(ridge, _JITTER) * mean)
 
 
 def _least_salient(inverse: Tensor, rows: Tensor, count: int) -> Tensor:

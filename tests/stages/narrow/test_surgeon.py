@@ -132,6 +132,19 @@ def test_of_two_equal_neurons_one_stays() -> None:
         assert sorted(n % WIDTH for n in found.kept.tolist()) == list(range(WIDTH))
 
 
+@pytest.mark.parametrize("tokens", [1, WIDTH - 2])
+def test_a_singular_gram_is_solved_without_any_ridge(tokens: int) -> None:
+    """Fewer tokens than neurons, one of which is dead: what was put out there still is."""
+    hidden, rows = expert(1)
+    few = hidden[:tokens].clone()
+    few[:, 0] = 0
+
+    found = narrow(few.T @ few, rows, WIDTH - 1, ridge=0.0)
+
+    assert found.error <= 1e-6 * found.energy
+    assert torch.allclose(few[:, found.kept] @ found.rows, few @ rows, atol=1e-5)
+
+
 def test_damping_is_in_units_of_the_mean_diagonal() -> None:
     gram = torch.diag(torch.tensor([1.0, 3.0], dtype=torch.float64))
 
