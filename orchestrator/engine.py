@@ -54,6 +54,13 @@ def choose(run: Prepared) -> Choice:
     return Choice(engine, why, estimate.calibrate(run, engine))
 
 
+def teacher(run: Prepared) -> Engine:
+    """How the original is held that is learned from; `auto`: as it is to be observed."""
+    assert run.config.recover is not None
+    asked = run.config.recover.teacher.engine
+    return choose(run).engine if asked == "auto" else asked
+
+
 def evaluation(run: Prepared) -> Choice:
     """How models are held that are evaluated. The numbers do not depend on it."""
     models = (1 + len(run.variants)) * run.evaluation_domains

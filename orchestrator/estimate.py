@@ -165,8 +165,8 @@ def taught_bytes(run: Prepared) -> int:
     return (config.data or run.config.calibrate.data).tokens * (8 * kept + 4)
 
 
-def teach(run: Prepared) -> int:
-    """The original, the logits of a batch, and the predictions of a part."""
+def teach(run: Prepared, engine: Engine) -> int:
+    """The original, whole or by layers, the logits of a batch, and the predictions of a part."""
     config = run.config.recover
     if config is None:
         return 0
@@ -174,10 +174,8 @@ def teach(run: Prepared) -> int:
     data = config.data or run.config.calibrate.data
     logits = 4 * vocabulary * config.teacher.batch_size * data.sequence_length
     part = 2 * taught_bytes(run) // config.teacher.shards
-    model = _model_bytes(run, config.teacher.dtype)
-    if config.teacher.engine == "streaming":
-        model = _streamed_bytes(run, config.teacher.dtype)
-    return PROCESS_BYTES + model + 5 * logits + part
+    held = _streamed_bytes if engine == "streaming" else _model_bytes
+    return PROCESS_BYTES + held(run, config.teacher.dtype) + 5 * logits + part
 
 
 def state_bytes(run: Prepared) -> int:

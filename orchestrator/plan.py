@@ -255,9 +255,10 @@ def _recover(run: Prepared) -> list[Row]:
         return [row]
     parts = config.teacher.shards
     done = parts if trained else min(len(list(run.folder.taught.glob("*.arrow.json"))), parts)
-    streamed = config.teacher.engine == "streaming"
-    read = run.moe.checkpoint.nbytes * (parts if streamed else 1)
-    return [Row("teach", parts, done, read, estimate.taught_bytes(run), estimate.teach(run)), row]
+    how = engine.teacher(run)
+    read = run.moe.checkpoint.nbytes * (parts if how == "streaming" else 1)
+    peak = estimate.teach(run, how)
+    return [Row("teach", parts, done, read, estimate.taught_bytes(run), peak), row]
 
 
 def _evaluate(run: Prepared) -> list[Row]:

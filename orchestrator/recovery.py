@@ -74,7 +74,6 @@ def teach_units(run: Prepared) -> list[TeachUnit]:
         "corpus": read_digests(beside(folder.recover_tokens)),
         "threads": str(run.config.executor.threads_per_unit),
     }
-    chosen = config.teacher.engine
     return recover.teach_units(
         config,
         blocks=count_blocks(folder.recover_tokens),
@@ -82,7 +81,7 @@ def teach_units(run: Prepared) -> list[TeachUnit]:
         corpus=folder.recover_tokens,
         folder=folder.taught,
         inputs=inputs,
-        engine=engine.choose(run).engine if chosen == "auto" else chosen,
+        engine=engine.teacher(run),
     )
 
 
@@ -137,7 +136,9 @@ def recovered(
     taught = teach_units(run)
     unit = train_unit(run, before, taught)
     if finished(unit) is None and taught:
-        scheduler.run_model("teach", taught, recover.make_asker, estimate.teach(run))
+        scheduler.run_model(
+            "teach", taught, recover.make_asker, estimate.teach(run, engine.teacher(run))
+        )
     with _watched(run, unit, scheduler, events):
         try:
             memory = estimate.recover(run)
