@@ -92,7 +92,8 @@ def _assembled(
 def arithmetic(moe: MoeCheckpoint, folder: Path, config: CompressConfig) -> dict[str, float]:
     """File bytes over what the formulas of docs/compress.md and the other tensors come to."""
     stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    each = shapes(moe.meta_expert(moe.layers[0]), config).values()
+    first = moe.layers[0]
+    each = shapes(moe.meta_expert(first), config, first).values()
     experts = sum(2 * shape.values + 8 * shape.kept for shape in each)
     infos = moe.checkpoint.tensors.values()
     rest = sum(info.nbytes for info in infos if not moe.family.is_expert_tensor(info.name))
