@@ -131,8 +131,8 @@ def plan(setup: Setup, options: argparse.Namespace, out: Path) -> dict[str, list
     if options.quick or options.only_comparison:
         return tasks
     for tokens in TOKENS:
-        few = replace(setup, tokens=tokens, sample=tokens, statistics=False)
-        tasks[f"tokens-{tokens}"] = [Task(few, 0, out / f"tokens-{tokens}", ASIDE)]
+        other = replace(setup, tokens=tokens, sample=tokens, statistics=False)
+        tasks[f"tokens-{tokens}"] = [Task(other, 0, out / f"tokens-{tokens}", ASIDE)]
     only = options.domain
     text = only_domain(setup.calibration, only, out / f"{only}.parquet")
     one = replace(setup, calibration=text, statistics=False)

@@ -24,8 +24,8 @@ from stages.compress.scores import curves
 from stages.compress.threshold import share_out
 from stages.group.decision import LayerDecision
 from stages.merge.config import MergeConfig
+from stages.merge.groups import merge_groups
 from stages.recover.loss import recovery_loss, teacher_of
-from stages.transform.stage import merge_groups
 
 
 class FactoredLinear(nn.Module):
