@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.here import run_here
 from benchmarks.paper.cells import Cell
 from benchmarks.paper.similarity import inputs_of, regrouped
 from benchmarks.paper.switch import BUNDLED, streams
@@ -41,17 +41,6 @@ from stages.recover.config import RecoverConfig
 from stages.recover.teach import teach
 from stages.transform import stage as transform
 from stages.unit import execute
-
-
-def _here(
-    stage: str,
-    units: Sequence[Any],
-    run_one: Callable[[Any], dict[str, Any]],
-    memory_bytes: int,
-) -> None:
-    """Runs units in this process; see `chain.Schedule`."""
-    for unit in units:
-        execute(unit, run_one)
 
 
 @dataclass(frozen=True)
@@ -209,7 +198,7 @@ class Seed:
         config = validate(base.config.model_dump(mode="json") | changes)
         variant = Variant(MAIN, config.group, self._format(cell))
         run = Prepared(**vars(base) | {"config": config, "folder": RunFolder(root)})
-        variant = threshold.settled(run, variant, decisions, _here, lambda table: table)
+        variant = threshold.settled(run, variant, decisions, run_here, lambda table: table)
         layouts = file_layouts(run.moe, decisions, variant.export)
         units = pipeline.transform_units(run, variant, decisions, layouts)
         for unit in units:

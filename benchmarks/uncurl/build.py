@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.here import run_here
 from benchmarks.uncurl.cells import Cell
 from benchmarks.uncurl.recipes import EVERYTHING, RECIPES, Recipe
 from benchmarks.uncurl.setup import BUNDLED, LENGTH, Setup
@@ -27,7 +28,6 @@ from stages.export.stage import assemble
 from stages.group.decision import LayerDecision
 from stages.group.task import task_layers
 from stages.model import load_model
-from stages.unit import execute
 
 
 def observed(setup: Setup, model: Path, folder: Path, seed: int) -> Prepared:
@@ -73,7 +73,7 @@ def reduced(run: Prepared, cell: Cell, folder: Path) -> tuple[Path, list[LayerDe
     decisions = decide(config, variant, statistics, run.moe)
     layouts = file_layouts(run.moe, decisions, variant.export)
     units = pipeline.transform_units(run, variant, decisions, layouts)
-    units = written(run, variant, decisions, units, _here)
+    units = written(run, variant, decisions, units, run_here)
     (folder / "output").mkdir()
     assemble(pipeline.export_unit(run, variant, decisions, layouts, units), folder / "output")
     return folder / "output", decisions
@@ -98,14 +98,3 @@ def sections(cell: Cell) -> dict[str, Any]:
     if group.get("preset") == "paper":
         plain = {"align": {}, "refit": {}, "export": {"router": "reinit"}}
     return {**plain, **recipe.sections, "group": group}
-
-
-def _here(
-    stage: str,
-    units: Sequence[Any],
-    run_one: Callable[[Any], dict[str, Any]],
-    memory_bytes: int,
-) -> None:
-    """Runs units in this process, one after another; see `chain.Schedule`."""
-    for unit in units:
-        execute(unit, run_one)

@@ -49,7 +49,7 @@ class Plain:
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """See `Optimiser`."""
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # torch does not type it
 
     def step(self, rate: float) -> float:
         """See `Optimiser`."""

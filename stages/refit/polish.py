@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
@@ -123,7 +124,7 @@ def _one_by_one(experts: Expert, x: Tensor, hits: list[int], act: Activation) ->
     """[n, H] of rows [n, H] that lie expert by expert, `hits` of each."""
     made = []
     for index, some in enumerate(torch.split(x, hits)):
-        one = experts.map(lambda tensor, index=index: tensor[index])  # type: ignore[misc]
+        one = experts.map(itemgetter(index))
         made.append(output(one, activations(one, some, act)))
     return torch.cat(made)
 

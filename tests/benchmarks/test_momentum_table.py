@@ -6,18 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from benchmarks.momentum import Setup
 from benchmarks.momentum_table import MARKS, tables
 from benchmarks.pages import between
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RESULTS = REPOSITORY / "docs/results/momentum.json"
-FOUND: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-pytestmark = pytest.mark.skipif(
-    not FOUND, reason="no results are recorded: python -m benchmarks.momentum makes them"
-)
+FOUND: dict[str, Any] = json.loads(RESULTS.read_text())
 
 
 def test_the_page_holds_exactly_the_tables_of_the_file() -> None:
