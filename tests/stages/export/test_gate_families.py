@@ -12,37 +12,17 @@ from safetensors.torch import load_file, save_file
 from models.errors import CheckpointError
 from models.moe import MoeCheckpoint
 from models.skeleton import check_dense_tensors
-from stages.export.config import ExportConfig
-from stages.export.layout import file_layouts
-from stages.export.stage import ExportUnit, run_one
-from stages.group.decision import from_labels
-from stages.transform.stage import run_one as transform
+from stages.export.stage import run_one
+from tests.planted_export import export_unit
 from tests.planted_families import EXPERTS, planted_model
-from tests.tiny import transform_units
 
 EXTRA = "model.layers.61."  # DeepSeek-V3's class ignores what lies there
 
 
 def exported(folder: Path, form: Any) -> tuple[MoeCheckpoint, dict[str, Any]]:
     """What the gate found out about the checkpoint in a format."""
-    moe = MoeCheckpoint.open(folder / "original")
-    labels = [expert // 2 * 2 for expert in range(EXPERTS)]
-    decisions = [from_labels(layer, labels, [1.0] * EXPERTS) for layer in moe.layers]
-    config = ExportConfig(format=form)
-    units = transform_units(moe, decisions, folder, config)
-    for each in units:
-        transform(each)
-    unit = ExportUnit(
-        moe=moe,
-        decisions=tuple(decisions),
-        layouts=tuple(file_layouts(moe, decisions, config)),
-        files=tuple(each.output for each in units),
-        digests=(),
-        config=config,
-        threads=1,
-        output=folder / "output",
-    )
-    return moe, run_one(unit)
+    unit = export_unit(folder, form)
+    return unit.moe, run_one(unit)
 
 
 def with_extra_layer(folder: Path, prefix: str = EXTRA) -> None:

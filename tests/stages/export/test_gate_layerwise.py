@@ -11,16 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models.moe import MoeCheckpoint
 from stages.errors import GateError
 from stages.export import layerwise, stage
-from stages.export.config import ExportConfig
-from stages.export.layout import file_layouts
 from stages.export.stage import ExportUnit, assemble
-from stages.group.decision import from_labels
-from stages.transform.stage import run_one as transform
-from tests.planted_families import EXPERTS, planted_model
-from tests.tiny import transform_units
+from tests.planted_export import export_unit
+from tests.planted_families import planted_model
 
 MAPPED = ("mixtral", "deepseek_v3", "momentum_smoe")
 
@@ -28,24 +23,7 @@ MAPPED = ("mixtral", "deepseek_v3", "momentum_smoe")
 def unit_of(folder: Path, family: str, form: Any) -> ExportUnit:
     """Four merged experts per layer, written and not yet assembled."""
     planted_model(family).save_pretrained(folder / "original")
-    moe = MoeCheckpoint.open(folder / "original")
-    labels = [expert // 2 * 2 for expert in range(EXPERTS)]
-    decisions = [from_labels(layer, labels, [1.0] * EXPERTS) for layer in moe.layers]
-    config = ExportConfig(format=form)
-    units = transform_units(moe, decisions, folder, config)
-    for each in units:
-        transform(each)
-    return ExportUnit(
-        moe=moe,
-        decisions=tuple(decisions),
-        layouts=tuple(file_layouts(moe, decisions, config)),
-        files=tuple(each.output for each in units),
-        digests=(),
-        config=config,
-        threads=1,
-        output=folder / "output",
-        engine="streaming",
-    )
+    return export_unit(folder, form, "streaming")
 
 
 @pytest.fixture
