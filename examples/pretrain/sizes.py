@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, OlmoeConfig
 
 import model as architecture
-from inspect_model import domain_streams, mean_loss, windows
+from inspect_model import domain_streams
+from outcome import kept, measured
 from train import Files, Recipe, check_export, train
 
 # What the bundled model and these have in common: vocabulary and positions.
@@ -62,15 +62,6 @@ def read_config(path: Path, **changes: Any) -> Comparison:
     return Comparison(Recipe(**{**found["recipe"], **changes}), configs)
 
 
-def held_out_losses(folder: Path, held_out: Mapping[str, Tensor], length: int) -> dict[str, float]:
-    """Cross-entropy in nats per domain of a saved model."""
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    return {
-        domain: mean_loss(model, windows(stream, len(stream), length))
-        for domain, stream in held_out.items()
-    }
-
-
 def run_size(
     experts: int,
     comparison: Comparison,
@@ -80,22 +71,14 @@ def run_size(
 ) -> dict[str, Any]:
     """Train one size, or read what it gave; `streams` are those of training and held-out."""
     result = folder / "result.json"
-    if result.exists():
-        found: dict[str, Any] = json.loads(result.read_text())
+    if (found := kept(result)) is not None:
         return found
     recipe, config = comparison.recipe, comparison.configs[experts]
     print(f"{experts} experts", flush=True)
     progress = train(streams[0], recipe, files, config)
     check_export(files.out, streams[0], recipe, config)
-    losses = held_out_losses(files.out, streams[1], recipe.sequence_length)
-    made = {
-        "losses": progress.losses,
-        "seconds": progress.seconds,
-        "held_out_loss": losses,
-        "held_out_perplexity": math.exp(sum(losses.values()) / len(losses)),
-    }
-    result.write_text(json.dumps(made))
-    return made
+    model = AutoModelForCausalLM.from_pretrained(files.out).eval()
+    return measured(model, progress, streams[1], recipe.sequence_length, result)
 
 
 def parse_args(words: Sequence[str] | None = None) -> argparse.Namespace:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -30,8 +29,9 @@ from torch import Tensor
 
 import model as architecture
 import parallel
-from inspect_model import domain_streams, mean_loss, windows
+from inspect_model import domain_streams
 from models.momentum.configuration_momentum import MomentumConfig
+from outcome import kept, measured
 from train import Files, Progress, Recipe, check_export, train
 
 SMOOTHED = 20
@@ -57,15 +57,6 @@ def read_config(path: Path, **changes: Any) -> Comparison:
     return Comparison(Recipe(**recipe), configs)
 
 
-def held_out_losses(folder: Path, held_out: Mapping[str, Tensor], length: int) -> dict[str, float]:
-    """Cross-entropy in nats per domain of a saved model."""
-    model = architecture.MomentumForCausalLM.from_pretrained(folder).eval()
-    return {
-        domain: mean_loss(model, windows(stream, len(stream), length))
-        for domain, stream in held_out.items()
-    }
-
-
 def run_variant(
     name: str,
     comparison: Comparison,
@@ -80,8 +71,7 @@ def run_variant(
     Of several ranks only the one that `leads` looks at the result; the others' is empty.
     """
     result = files.out.parent / "result.json"
-    if result.exists():
-        found: dict[str, Any] = json.loads(result.read_text())
+    if (found := kept(result)) is not None:
         return found
     recipe, config = comparison.recipe, comparison.configs[name]
     if leads:
@@ -90,15 +80,8 @@ def run_variant(
     if not leads:
         return {}
     check_export(files.out, streams[0], recipe, config)
-    losses = held_out_losses(files.out, streams[1], recipe.sequence_length)
-    made = {
-        "losses": progress.losses,
-        "seconds": progress.seconds,
-        "held_out_loss": losses,
-        "held_out_perplexity": math.exp(sum(losses.values()) / len(losses)),
-    }
-    result.write_text(json.dumps(made))
-    return made
+    model = architecture.MomentumForCausalLM.from_pretrained(files.out).eval()
+    return measured(model, progress, streams[1], recipe.sequence_length, result)
 
 
 def draw(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
