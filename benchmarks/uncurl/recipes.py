@@ -19,21 +19,20 @@ class Recipe:
 
 
 MAPPED = {"export": {"format": "mapped"}}
+# Rows that do not say otherwise have zeros on the diagonal of the affinity, as in the clustering
+# that the paper cites; the product's default keeps the ones.
+ZEROS = {"method": "uncurl", "zero_diagonal": True}
 
 
 def _router(router: str) -> Recipe:
-    return Recipe({"method": "uncurl"}, {"export": {"router": router}}, seeded=True)
+    return Recipe(ZEROS, {"export": {"router": router}}, seeded=True)
 
 
 # Without training: the original router stays, or loses rows.
 GROUPINGS = {
-    "uncurl": Recipe({"method": "uncurl"}, MAPPED, seeded=True),
-    "uncurl, diagonal kept": Recipe(
-        {"method": "uncurl", "zero_diagonal": False}, MAPPED, seeded=True
-    ),
-    "uncurl, not aligned": Recipe(
-        {"method": "uncurl"}, {**MAPPED, "align": {"enabled": False}}, seeded=True
-    ),
+    "uncurl": Recipe(ZEROS, MAPPED, seeded=True),
+    "uncurl, diagonal kept": Recipe({"method": "uncurl"}, MAPPED, seeded=True),
+    "uncurl, not aligned": Recipe(ZEROS, {**MAPPED, "align": {"enabled": False}}, seeded=True),
     "frequency merge": Recipe({"method": "uncurl", "grouping": "frequency_merge"}, MAPPED),
     "frequency prune": Recipe({"method": "uncurl", "grouping": "frequency_prune"}),
     "mc_smoe": Recipe({"method": "mc_smoe", "scope": "global"}, MAPPED),

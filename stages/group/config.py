@@ -182,21 +182,14 @@ class Uncurl(_Method):
     grouping: Literal["spectral", "frequency_merge", "frequency_prune"] = "spectral"
     # token: logits minus their mean over the experts of a token, which no softmax can see.
     center_logits: Literal["none", "token"] = "none"
-    # As in the spectral clustering that the paper cites; its own algorithm has ones there, and only
+    # As in the spectral clustering that the paper cites. Its own algorithm has ones there, and only
     # with ones were copies of experts always found (docs/uncurl.md).
-    zero_diagonal: bool = True
+    zero_diagonal: bool = False
     # The first MoE layer: as the others, by frequency_merge, or left as it is.
     first_layer: Literal["cluster", "frequency", "skip"] = "cluster"
     seed: int = Field(default=0, ge=0)
     # Restarts of k-means.
     n_init: int = Field(default=10, ge=1)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _paper_keeps_the_diagonal(cls, values: Any) -> Any:
-        if isinstance(values, Mapping) and values.get("preset") == "paper":
-            return {"zero_diagonal": False} | dict(values)
-        return values
 
     @model_validator(mode="after")
     def _paper_as_printed(self) -> Uncurl:

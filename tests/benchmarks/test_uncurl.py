@@ -87,7 +87,7 @@ def test_copies_are_found_and_merged_without_loss_but_only_if_aligned(tmp_path: 
         statistics_of(layer, torch.bincount(each.argmax(1), minlength=12).tolist(), each.numpy())
         for layer, each in enumerate(seen)
     ]
-    decisions = decide(Uncurl(zero_diagonal=False), layers, 6)
+    decisions = decide(Uncurl(), layers, 6)
     before = logits_of(open_model(source), ids)
 
     def apart(name: str, aligned: bool) -> float:

@@ -74,7 +74,7 @@ def test_what_the_paper_leaves_open_stays_open() -> None:
     layers = [random_layer(7, layer, layer=layer) for layer in (2, 3)]
     asked = Uncurl(preset="paper", budget=Budget(experts_per_layer=3))
 
-    assert decide(asked, layers, 6) == decide(Uncurl(zero_diagonal=False), layers, 6)
+    assert decide(asked, layers, 6) == decide(Uncurl(), layers, 6)
     for changes in ({"first_layer": "skip"}, {"zero_diagonal": True}, {"n_init": 3, "seed": 5}):
         assert Uncurl.model_validate({"preset": "paper"} | changes)
 

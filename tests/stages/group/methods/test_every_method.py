@@ -37,7 +37,7 @@ CONFIGS: list[AnyMethod] = [
     McSmoe(),
     McSmoe(scope="global"),
     Uncurl(),
-    Uncurl(center_logits="token", zero_diagonal=False),
+    Uncurl(center_logits="token", zero_diagonal=True),
     Uncurl(grouping="frequency_merge"),
     Uncurl(grouping="frequency_prune"),
     HcSmoe(),
