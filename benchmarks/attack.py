@@ -44,7 +44,7 @@ def nats(model: Any, tokenizer: Any, texts: Sequence[str], length: int) -> tuple
     ids = torch.tensor([i for text in texts for i in tokenizer(text, verbose=False)["input_ids"]])
     full = ids.unfold(0, length + 1, length)  # windows share the token that is predicted
     rest = ids[len(full) * length :]
-    batches = list(full.split(_BATCH)) + ([rest[None]] if len(rest) > 1 else [])
+    batches = list(torch.split(full, _BATCH)) + ([rest[None]] if len(rest) > 1 else [])
     return sum(_nats(model, batch) for batch in batches), len(ids) - 1
 
 

@@ -29,9 +29,11 @@ LAYERS, EXPERTS, DIFFERENT = 61, 256, 4
 def random_sums(generator: np.random.Generator) -> Sums:
     """One layer, no two values alike."""
     return {
-        name: generator.integers(0, 2**20, values.shape)
-        if name in INTEGERS
-        else generator.normal(size=values.shape)
+        name: np.asarray(
+            generator.integers(0, 2**20, values.shape)
+            if name in INTEGERS
+            else generator.normal(size=values.shape)
+        )
         for name, values in empty_sums(EXPERTS).items()
     }
 

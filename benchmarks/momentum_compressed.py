@@ -82,7 +82,7 @@ def row(cell: Cell, place: Place, folder: Path) -> dict[str, Any]:
     config = base(folder, place, place.model(cell), cell.seed)
     statistics = observe(prepare(validate(config)))
     config["calibrate"] |= {"statistics": str(statistics)}
-    found = {"style": cell.style, "variant": cell.variant, "seed": cell.seed, "rises": {}}
+    rises: dict[str, float] = {}
     for name, sections in recipes(cell):
         group = sections["group"] | {"budget": {"keep_ratio": 0.5}}
         place_of = folder / cell.name / name.replace(" ", "-").replace(",", "")
@@ -91,8 +91,8 @@ def row(cell: Cell, place: Place, folder: Path) -> dict[str, Any]:
             run(prepare(validate(config | sections | {"group": group, "run_dir": str(place_of)})))
         measured = json.loads(report.read_text())["perplexity"]
         before, after = (measured[each]["overall"] for each in ("original", "compressed"))
-        found["rises"][name] = math.log(after / before)
-    return found
+        rises[name] = math.log(after / before)
+    return {"style": cell.style, "variant": cell.variant, "seed": cell.seed, "rises": rises}
 
 
 def recipes(cell: Cell) -> Iterator[tuple[str, dict[str, Any]]]:

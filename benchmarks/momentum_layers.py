@@ -34,7 +34,7 @@ def layer_figures(
             model.model.layers[layer].register_forward_hook(sums[layer].passed),
         )
     ]
-    for batch in rows.split(16):
+    for batch in torch.split(rows, 16):
         model(input_ids=batch, use_cache=False)
     for handle in handles:
         handle.remove()

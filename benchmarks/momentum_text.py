@@ -49,9 +49,8 @@ def save_tokenizer(folder: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(BPE())
-    # tokenizers lets these be set, and its stubs do not.
-    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    tokenizer.decoder = Decoder()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = Decoder()
     trainer = BpeTrainer(
         vocab_size=VOCABULARY,
         special_tokens=list(SPECIAL),

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -108,7 +108,7 @@ class Soak:
         damaged = self.chance.random() < 0.7 and self.inject(0, run_dir, AT_REST)
         return bool(process.returncode or damaged)
 
-    def inject(self, driver: int, run_dir: Path, kinds: Iterable[str]) -> list[Fault]:
+    def inject(self, driver: int, run_dir: Path, kinds: Collection[str]) -> list[Fault]:
         """One fault of a random kind, or of the next one that is possible at this moment."""
         if len(self.injected) >= self.wanted:
             return []

@@ -31,7 +31,8 @@ def windows(setup: Setup, name: str, domain: str, tokens: int | None) -> Tensor:
     """[W, LENGTH + 1] that overlap by the token to be predicted; None: all that the file gives."""
     table = pq.read_table(data_folder(setup) / f"{name}.parquet").to_pydict()
     tokenizer = _tokenizer()
-    end, ids = tokenizer.eos_token_id, []
+    end = tokenizer.eos_token_id
+    ids: list[int] = []
     for text, each in zip(table["text"], table["domain"], strict=True):
         if each == domain and (tokens is None or len(ids) <= tokens):
             ids += [*tokenizer(text, verbose=False)["input_ids"], end]

@@ -28,7 +28,7 @@ Measure = Callable[[Path], dict[str, float]]
 def mean_loss(model: Any, rows: Tensor) -> float:
     """Mean cross-entropy in nats per token of windows [W, S + 1]."""
     total = 0.0
-    for batch in rows.split(BATCH):
+    for batch in torch.split(rows, BATCH):
         logits = model(input_ids=batch[:, :-1], use_cache=False).logits
         targets = batch[:, 1:].flatten()
         total += float(

@@ -31,6 +31,7 @@ import model as architecture
 import parallel
 from inspect_model import domain_streams
 from models.momentum.configuration_momentum import MomentumConfig
+from models.momentum.modeling_momentum import MomentumForCausalLM
 from outcome import kept, measured
 from train import Files, Progress, Recipe, check_export, train
 
@@ -80,7 +81,7 @@ def run_variant(
     if not leads:
         return {}
     check_export(files.out, streams[0], recipe, config)
-    model = architecture.MomentumForCausalLM.from_pretrained(files.out).eval()
+    model = MomentumForCausalLM.from_pretrained(files.out).eval()
     return measured(model, progress, streams[1], recipe.sequence_length, result)
 
 
