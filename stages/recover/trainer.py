@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from stages.corpus.blocks import Block
+from stages.forward import predicted
 from stages.recover.config import PruneConfig, RecoverConfig
 from stages.recover.faults import refuse_non_finite
 from stages.recover.layers import by_layer
 from stages.recover.opened import exact_values, open_student, rounded
 from stages.recover.order import blocks_of_step, share_of
-from stages.recover.passes import part_of_loss, predicted, teacher_of_blocks
+from stages.recover.passes import part_of_loss, teacher_of_blocks
 from stages.recover.plain import Optimiser, Plain, shape_of
 from stages.recover.progress import Course
 from stages.recover.pruning import Pruning
@@ -133,7 +134,7 @@ class Loop:
         """One update; whether somebody asked to pause."""
         config, begun = self._config, time.monotonic()
         indices = blocks_of_step(self.step, len(self._text), config.batch, config.seed)
-        tokens = predicted(self._text.blocks(indices))
+        tokens = predicted(self.model.config, [b.tokens for b in self._text.blocks(indices)])
         own = share_of(indices, self._ranks.rank, self._ranks.size, config.micro_batch)
         sums = torch.zeros(2, dtype=torch.float64)
         for number, part in enumerate(own):
