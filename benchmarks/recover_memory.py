@@ -82,7 +82,12 @@ def measure(work: Path, checkout: Path, section: dict[str, Any], *, only_open: b
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     command = [sys.executable, str(HERE / "benchmarks" / "recover_memory_rank.py"), str(path)]
-    environment = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": str(checkout),
+        "OMP_NUM_THREADS": "1",
+        # Freed tensors are given back at once, as those above 32 MB always are: here many are less.
+        "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
+    }
     started = [
         subprocess.Popen([*command, str(rank), str(port)], cwd=checkout, env=environment)
         for rank in range(RANKS)

@@ -42,7 +42,9 @@ def anonymous() -> int:
 
 def main() -> None:
     """`JOB RANK PORT`: the job is a JSON file; the result lies beside it."""
+    import deepspeed  # noqa: F401  # not counted, like all that is imported
     import torch
+    from transformers import MixtralForCausalLM  # noqa: F401
 
     from cluster.expert_parallel import Place, join
     from stages.recover.config import RecoverConfig
