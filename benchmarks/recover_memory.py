@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.output import show
+from benchmarks.pages import between
 from models.atomic import write_json
 from orchestrator.run_folder import versions
 
+MARKS = ("<!-- recover memory: begin -->\n", "\n<!-- recover memory: end -->")
 HERE = Path(__file__).resolve().parents[1]
 RANKS, VOCABULARY, SEED = 2, 1024, 0
 CASES: dict[str, dict[str, Any]] = {
@@ -100,12 +102,31 @@ def measure(work: Path, checkout: Path, section: dict[str, Any]) -> dict[str, in
     return {name: max(each[name] for each in found) for name in found[0]}
 
 
+def page_text(results: dict[str, Any]) -> str:
+    """What docs/recover.md says of the results."""
+    peak = {(row["version"], row["case"]): row["peak_bytes"] for row in results["rows"]}
+    size = results["checkpoint_bytes"]
+    said = [
+        f"{case} {peak['now', case] / size:.1f} (before {peak['before', case] / size:.1f})"
+        for case in CASES
+    ]
+    return (
+        f"Most memory of a rank of {results['ranks']}, over the {size / 1e6:.0f} MB of a random"
+        f" Mixtral with 10 layers in fp32: {'; '.join(said)}.\n"
+        "From [results/recover_memory.json](results/recover_memory.json), by `python -m"
+        " benchmarks.recover_memory --work WORK --before CHECKOUT\n--out"
+        " docs/results/recover_memory.json --page docs/recover.md`; before: every rank opened the"
+        " whole student in fp32."
+    )
+
+
 def main() -> None:
     """Measures every case; those in --out are kept."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--before", type=Path, help="checkout of another version")
+    parser.add_argument("--page", type=Path, help="write the sentences into this page")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     student, _ = make(options.work)
@@ -124,6 +145,9 @@ def main() -> None:
             results["rows"].append({"version": version, "case": case, **found})
             write_json(options.out, results)
     show("recover_memory", results["rows"], checkpoint_bytes=size)
+    if options.page is not None:
+        page = between(options.page.read_text(), MARKS, page_text(results))
+        options.page.write_text(page)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 
 from models.mapped.registration import register
 from stages.compress.config import CompressConfig
-from stages.export.config import ExportConfig
 from stages.recover.api import recover
 from stages.recover.trainer import Training
 from stages.recover.trainer import train as train_alone
