@@ -215,7 +215,7 @@ def _held_by_rank(config: RecoverConfig, values: int, trained: int, largest: int
         return 4 * values + 16 * trained + passing
     shared = -(-20 * trained // ranks)
     if section.zero_stage == 3:
-        return -(-width * values // ranks) + shared + passing
+        return -(-width * values // ranks) + shared + 2 * passing
     # Flattened beside the values while they are wrapped; gradients of a whole pass later.
     return width * (values + trained) + shared + passing
 
