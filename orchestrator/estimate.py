@@ -10,6 +10,7 @@ from stages.calibrate.config import Engine
 from stages.corpus.overlap import BYTES_PER_TOKEN
 from stages.export.layout import FileLayout
 from stages.passage import KEPT_ARGUMENT_BYTES
+from stages.recover.config import DeepSpeedConfig, RecoverConfig
 
 # Resident memory of a worker that has imported torch and transformers and done nothing yet.
 PROCESS_BYTES = 400_000_000
@@ -187,17 +188,36 @@ def state_bytes(run: Prepared) -> int:
 
 
 def recover(run: Prepared) -> int:
-    """Values in fp32, gradients and moments of what is trained (as if one rank had all), a gathered
-    state, and the logits of a pass with their gradients."""
+    """One rank's share of values, gradients and moments, and the logits of a pass with their
+    gradients. Measured by `benchmarks/recover_memory.py`."""
     config = run.config.recover
     if config is None:
         return 0
     vocabulary = int(run.moe.checkpoint.config["vocab_size"])
     data = config.data or run.config.calibrate.data
     logits = 4 * vocabulary * config.micro_batch * data.sequence_length
-    values = sum(each.parameters for each in expected_layouts(run.variants[0], run.moe))
-    trained = _trained_values(run, config.mode)
-    return PROCESS_BYTES + 4 * values + 24 * trained + 12 * logits
+    layouts = expected_layouts(run.variants[0], run.moe)
+    values = sum(each.parameters for each in layouts)
+    largest = max(each.parameters for each in layouts)
+    held = _held_by_rank(config, values, _trained_values(run, config.mode), largest)
+    return PROCESS_BYTES + held + 12 * logits
+
+
+def _held_by_rank(config: RecoverConfig, values: int, trained: int, largest: int) -> int:
+    """Bytes of a rank: values as the model runs with them; values that are updated, gradients and
+    moments in fp32; and a few layers, on their way from file to file, gathered, or in buckets."""
+    passing = 24 * largest
+    if not config.dealt_out:
+        return 4 * values + 12 * trained + passing
+    section, ranks = config.deepspeed or DeepSpeedConfig(), config.ranks
+    width = 2 if section.bf16 else 4
+    if section.zero_stage == 0:
+        return 4 * values + 16 * trained + passing
+    shared = -(-20 * trained // ranks)
+    if section.zero_stage == 3:
+        return -(-width * values // ranks) + shared + 2 * passing
+    # Flattened beside the values while they are wrapped; gradients of a whole pass later.
+    return width * (values + trained) + shared + passing
 
 
 def _trained_values(run: Prepared, mode: str) -> int:

@@ -91,7 +91,8 @@ def _training(run: Prepared) -> str:
     return (
         f"\nrecover: {config.steps:,} steps of {config.batch} blocks, up to {tokens:,} tokens"
         f" ({tokens / data.tokens:.1f} times the text), mode {config.mode}; the teacher's"
-        f" predictions take up to {human(estimate.taught_bytes(run))} while they are needed"
+        f" predictions take up to {human(estimate.taught_bytes(run))} while they are needed;"
+        f" each of {config.ranks} rank(s) needs about {human(estimate.recover(run))} of memory"
     )
 
 

@@ -122,8 +122,10 @@ def prepare(config: RunConfig) -> Prepared:
     )
     # What is written depends on the engine, which is chosen for a prepared run.
     from orchestrator.disk import check_disk
+    from orchestrator.training_memory import check_training_memory
 
     check_disk(prepared)
+    check_training_memory(prepared)
     return prepared
 
 

@@ -81,7 +81,7 @@ class Bars:
             self._progress.update(self._task, advance=1, rate=throughput(event))
         elif kind == "training" and self._task is not None:
             self._progress.update(self._task, rate=_training(event))
-        if kind in ("warning", "resuming", "engine", "unit_lost"):
+        if kind in ("warning", "resuming", "engine", "unit_lost", "taken_over"):
             self._progress.console.print(describe(event), highlight=False, markup=False)
 
 
@@ -110,6 +110,11 @@ def describe(event: Event) -> str:
         case "unit_lost":
             then = "run again" if event["retried"] else "no retry is left"
             return f"{stage}: {event['unit']}: {event['cause']}, {then}"
+        case "taken_over":
+            return (
+                f"{event['holder']} worked on this run and did not say that it ended; if it still"
+                " works (some file systems keep locks to one host), end it"
+            )
         case "warning":
             return f"warning: {event['message']}"
     return ""

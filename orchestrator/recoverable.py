@@ -25,10 +25,11 @@ def check_recovery(
         ConfigError: with the numbers.
     """
     name = moe.family.model_type
-    if moe.checkpoint.config.get("is_encoder_decoder"):
+    if moe.checkpoint.config.get("is_encoder_decoder") and config.dealt_out:
         raise ConfigError(
-            f"recovery trains causal language models; {name} has an encoder and a decoder",
-            "leave the section `recover` out",
+            f"recover.ranks={config.ranks} with DeepSpeed wants a gradient of every expert on every"
+            f" rank; {name}, an encoder-decoder, gives none to experts that no token of a pass met",
+            "set recover.ranks=1 and leave recover.deepspeed out",
         )
     if config.dealt_out and find_spec("deepspeed") is None:
         raise ConfigError(
@@ -51,9 +52,15 @@ def check_teacher(teacher: Path, moe: MoeCheckpoint, tokenizer: Path) -> None:
     Raises:
         ConfigError: both sizes, or the first token that differs.
     """
-    theirs = Checkpoint.open(teacher, allow_links=True).config.get("vocab_size")
-    ours = moe.checkpoint.config.get("vocab_size")
+    says, asks = Checkpoint.open(teacher, allow_links=True).config, moe.checkpoint.config
+    theirs, ours = says.get("vocab_size"), asks.get("vocab_size")
     remedy = "set recover.teacher.path to a model with the same tokens, or leave it out"
+    if bool(says.get("is_encoder_decoder")) != bool(asks.get("is_encoder_decoder")):
+        raise ConfigError(
+            f"one of the model and the teacher {teacher} has an encoder, and reads half of every"
+            " block of text before it predicts the other half; the other has none",
+            "set recover.teacher.path to a model of the same kind, or leave it out",
+        )
     if theirs != ours:
         raise ConfigError(
             f"the teacher {teacher} predicts {theirs:,} tokens, the model has {ours:,}"

@@ -115,7 +115,13 @@ def _started(
     run_folder.claim(folder, prepared.config, prepared.model)
     events = EventLog(folder.events, listeners)
     events.emit("run_started", run=str(folder.root), resumes=prepared.resumes)
-    with exclusive(folder), open_executor(config) as executor, heeding_signals() as stop:
+    with (
+        exclusive(folder) as before,
+        open_executor(config) as executor,
+        heeding_signals() as stop,
+    ):
+        if before is not None:
+            events.emit("taken_over", holder=before)
         shared.check(prepared, executor)
         checkpoint = prepared.moe.checkpoint
         if checkpoint.origin is not None and checkpoint.origin.cache is not None:

@@ -20,7 +20,7 @@ from stages.corpus.stage import read_domain
 from stages.errors import DataError
 from stages.evaluate.config import VERSION, EvaluateConfig
 from stages.evaluate.metrics import kl_divergence, next_token_losses, overall, sampled_positions
-from stages.forward import Logits, resident, streamed
+from stages.forward import Logits, predicted, resident, streamed
 from stages.model import load_model
 from stages.passage import remove_stale
 from stages.unit import Fingerprint, beside
@@ -140,10 +140,10 @@ def _measure(
     model: Any, blocks: Sequence[Block], unit: EvaluateUnit
 ) -> tuple[dict[str, Any], Tensor]:
     """Sums over the domain, and [N, V] log-probabilities at the sampled positions."""
-    predicted = sum(len(block.tokens) - 1 for block in blocks)
-    if predicted < 1:
+    count = predicted(model.config, [block.tokens for block in blocks])
+    if count < 1:
         raise DataError(f"domain {unit.domain!r} has no token to predict", "evaluate on more text")
-    wanted = sampled_positions(predicted, unit.config.kl_positions)
+    wanted = sampled_positions(count, unit.config.kl_positions)
     loss, done, sampled = 0.0, 0, []
     for logits, ids, mask in _forward(model, blocks, unit):
         losses = next_token_losses(logits, ids, mask)

@@ -14,7 +14,7 @@ from stages.errors import Paused, TrainingError
 from stages.recover.config import PruneConfig, RecoverConfig
 from stages.recover.pruning import Cut, cut_of
 from stages.recover.trainer import Trained, Training, train
-from stages.recover.written import on_disk, write_files
+from stages.recover.written import on_disk, overwriting, write_files
 
 
 def recover(
@@ -93,9 +93,14 @@ def write_folder(student: Checkpoint, done: Trained, target: Path) -> None:
     staging.mkdir(parents=True)
     try:
         targets = {file: staging / file for file in student.files}
-        trained, cut = on_disk(done.model, done.values, student), _cut(student, done)
-        replaced = trained if cut is None else trained | cut.tensors
-        write_files(student, replaced, targets, frozenset() if cut is None else cut.gone)
+        cut = _cut(student, done)
+        if cut is None:
+            with overwriting(student, targets) as put:
+                for values in done.layers():
+                    put(on_disk(done.model, values, student))
+        else:
+            trained = on_disk(done.model, done.values, student)
+            write_files(student, trained | cut.tensors, targets, cut.gone)
         for path in sorted(student.folder.iterdir()):
             if path.is_file() and path.name not in targets:
                 shutil.copyfile(path, staging / path.name)

@@ -9,15 +9,10 @@ import torch
 from torch import Tensor
 
 from stages.corpus.blocks import Block
-from stages.model import batch_of, pad_id
+from stages.forward import run
 from stages.recover.config import RecoverConfig
 from stages.recover.loss import Teacher, distillation
 from stages.recover.taught import Taught
-
-
-def predicted(blocks: Sequence[Block]) -> int:
-    """Tokens that follow another one."""
-    return sum(len(block.tokens) - 1 for block in blocks)
 
 
 def part_of_loss(
@@ -58,16 +53,9 @@ def part_of_loss(
 
 def _predictions(model: Any, blocks: Sequence[Block]) -> tuple[Tensor, Tensor]:
     """[N, V] fp32 logits before every real token, and the tokens [N]."""
-    device = next(model.parameters()).device
-    ids, mask = batch_of([block.tokens for block in blocks], pad_id_of(model), device)
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    logits, ids, mask = run(model, [block.tokens for block in blocks])
     keep = mask[:, 1:] & mask[:, :-1]
     return logits[:, :-1][keep].float(), ids[:, 1:][keep]
-
-
-def pad_id_of(model: Any) -> int:
-    """Of a model, or of one that DeepSpeed wraps."""
-    return pad_id(getattr(model, "module", model))
 
 
 def _sums(likelihood: Tensor, distilled: Tensor) -> Tensor:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from stages.recover.config import RecoverConfig
-from stages.recover.state import Named
+from stages.recover.state import Kind, State
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+# What Adam calls its moments.
+MOMENTS: dict[Kind, str] = {"first": "exp_avg", "second": "exp_avg_sq"}
 
 
 class Optimiser(Protocol):
@@ -26,13 +27,11 @@ class Optimiser(Protocol):
     def step(self, rate: float) -> float:
         """Updates all values; returns the norm of the gradient before it was clipped."""
 
-    def values(self) -> Named:
-        """fp32, on the CPU; all ranks call it together."""
+    def gathered(self, kind: Kind) -> Iterator[tuple[str, Tensor]]:
+        """Name and fp32 tensor on the CPU, one at a time in the model's order, each of which may
+        change once training goes on; all ranks walk along together."""
 
-    def moments(self) -> tuple[Named, Named]:
-        """First and second moments, fp32, on the CPU; all ranks call it together."""
-
-    def load(self, values: Named, first: Named, second: Named, step: int) -> None:
+    def load(self, state: State) -> None:
         """Goes on from there."""
 
 
@@ -61,37 +60,33 @@ class Plain:
         self._optimiser.zero_grad(set_to_none=True)
         return float(norm)
 
-    def values(self) -> Named:
-        """See `Optimiser`."""
-        return {n: p.detach().float().cpu().clone() for n, p in self._trained.items()}
-
-    def moments(self) -> tuple[Named, Named]:
-        """See `Optimiser`."""
-        first, second = (
-            {n: self._moment(p, m) for n, p in self._trained.items()} for m in _MOMENTS
-        )
-        return first, second
-
-    def load(self, values: Named, first: Named, second: Named, step: int) -> None:
+    def gathered(self, kind: Kind) -> Iterator[tuple[str, Tensor]]:
         """See `Optimiser`."""
         for name, parameter in self._trained.items():
-            parameter.data.copy_(values[name])
+            found = parameter if kind == "values" else self._moment(parameter, MOMENTS[kind])
+            yield name, found.detach().float().cpu()
+
+    def load(self, state: State) -> None:
+        """See `Optimiser`."""
+        for name, parameter in self._trained.items():
+            parameter.data.copy_(state.read("values", name))
             self._optimiser.state[parameter] = {
-                "step": torch.tensor(float(step)),
-                "exp_avg": first[name].to(parameter.device),
-                "exp_avg_sq": second[name].to(parameter.device),
+                "step": torch.tensor(float(state.step)),
+                **{
+                    which: state.read(kind, name).clone().to(parameter.device)
+                    for kind, which in MOMENTS.items()
+                },
             }
 
     def _moment(self, parameter: nn.Parameter, which: str) -> Tensor:
-        found = self._optimiser.state.get(parameter, {}).get(which)
-        zeros = torch.zeros(parameter.shape)
-        return zeros if found is None else found.detach().float().cpu().clone()
+        found: Tensor | None = self._optimiser.state.get(parameter, {}).get(which)
+        return torch.zeros(parameter.shape) if found is None else found
 
 
 def adamw(trained: Mapping[str, nn.Parameter], config: RecoverConfig) -> torch.optim.AdamW:
     """Vectors (norms, biases) do not decay."""
-    wide = [p for p in trained.values() if p.dim() > 1]
-    narrow = [p for p in trained.values() if p.dim() < 2]
+    wide = [p for p in trained.values() if len(shape_of(p)) > 1]
+    narrow = [p for p in trained.values() if len(shape_of(p)) < 2]
     groups = [
         {"params": params, "weight_decay": decay}
         for params, decay in ((wide, config.weight_decay), (narrow, 0.0))
@@ -99,3 +94,9 @@ def adamw(trained: Mapping[str, nn.Parameter], config: RecoverConfig) -> torch.o
     ]
     options: dict[str, Any] = {"betas": config.betas, "eps": config.epsilon}
     return torch.optim.AdamW(groups, lr=config.learning_rate, **options)
+
+
+def shape_of(parameter: nn.Parameter) -> torch.Size:
+    """Of the whole value; a parameter that is dealt out (ZeRO 3) holds nothing between uses."""
+    found: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return found

@@ -21,8 +21,8 @@ from stages.recover.config import VERSION, RecoverConfig
 from stages.recover.progress import read_course
 from stages.recover.ranks import Ranks
 from stages.recover.teach import open_original, say
-from stages.recover.trainer import Training, train
-from stages.recover.written import on_disk, write_files
+from stages.recover.trainer import Trained, Training, train
+from stages.recover.written import on_disk, overwriting
 from stages.unit import Done, Fingerprint, OneFile, beside, execute, finished
 
 if TYPE_CHECKING:
@@ -179,9 +179,7 @@ def run_train(unit: TrainUnit, ranks: Ranks) -> dict[str, Any]:
     done = train(unit.training, ranks)
     if not done.finished:
         raise Paused(f"paused after step {done.step} of {unit.config.steps}", "run it again")
-    if ranks.rank == 0:
-        student = Checkpoint.open(unit.student, allow_links=True)
-        write_files(student, on_disk(done.model, done.values, student), dict(unit.files))
+    _write(done, unit, ranks)
     course = read_course(unit.training.course)
     means = ("loss", "cross_entropy", "distillation")
     return {
@@ -190,8 +188,20 @@ def run_train(unit: TrainUnit, ranks: Ranks) -> dict[str, Any]:
         "untrained": {str(layer): experts for layer, experts in done.untrained.items()},
         "first": {name: course[0][name] for name in means} if course else {},
         "last": {name: course[-1][name] for name in means} if course else {},
-        "trained_values": sum(value.numel() for value in done.values.values()),
+        "trained_values": sum(done.sizes.values()),
     }
+
+
+def _write(done: Trained, unit: TrainUnit, ranks: Ranks) -> None:
+    """Every rank helps to gather what rank 0 writes, a layer at a time."""
+    if ranks.rank != 0:
+        for _ in done.layers():
+            pass
+        return
+    student = Checkpoint.open(unit.student, allow_links=True)
+    with overwriting(student, dict(unit.files)) as put:
+        for values in done.layers():
+            put(on_disk(done.model, values, student))
 
 
 def make_trainer() -> Callable[[TrainUnit], Done]:

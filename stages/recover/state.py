@@ -1,57 +1,95 @@
 """Where training stands, in a form that knows no ranks: values and Adam's moments by name, in fp32.
 
 A state counts once its digest lies beside it. The two newest are kept, so that one that is damaged
-on disk costs the steps since the one before.
+on disk costs the steps since the one before. It is written and read one tensor at a time: nobody
+ever holds a whole one.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal, get_args
 
 from torch import Tensor
 
 from models.atomic import file_digest, write_json
-from models.tensors import read_metadata, write_tensors
+from models.tensors import filling, read_metadata
 from stages.unit import beside
 
 Named = dict[str, Tensor]
+# What is kept of every trained value: itself, and Adam's first and second moments.
+Kind = Literal["values", "first", "second"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+_MORE = "more"
 _KEPT = 2
 
 
 @dataclass(frozen=True)
 class State:
-    """After `step` updates."""
+    """After `step` updates; read from its file when it is asked."""
 
     step: int
-    values: Named
-    first: Named
-    second: Named
-    # What else a kind of training has to remember (`stages/recover/pruning.py`).
-    more: Named = field(default_factory=dict)
+    path: Path
+
+    @classmethod
+    def at(cls, folder: Path, step: int) -> State:
+        """The state of that step."""
+        return cls(step, folder / f"state-{step:08d}.safetensors")
+
+    def read(self, kind: Kind, name: str) -> Tensor:
+        """One tensor, fp32, on the CPU."""
+        return self._tensor(f"{kind}/{name}")
+
+    @property
+    def more(self) -> Named:
+        """What else a kind of training remembers (`stages/recover/pruning.py`)."""
+        from safetensors import safe_open
+
+        with safe_open(self.path, framework="pt") as handle:
+            keys = [key for key in handle.keys() if key.startswith(f"{_MORE}/")]  # noqa: SIM118
+        return {key.removeprefix(f"{_MORE}/"): self._tensor(key) for key in keys}
+
+    def _tensor(self, key: str) -> Tensor:
+        from safetensors import safe_open
+
+        # Closed at once, so that the pages can be given back.
+        with safe_open(self.path, framework="pt") as handle:
+            found: Tensor = handle.get_tensor(key)
+        return found
 
 
-def save(folder: Path, state: State, fingerprint: str) -> Path:
+def save(
+    state: State,
+    shapes: Mapping[str, Iterable[int]],
+    parts: Iterable[tuple[Kind, str, Tensor]],
+    more: Named,
+    fingerprint: str,
+) -> None:
     """Writes a state, atomically, and lets go of all but the two newest.
+
+    Args:
+        shapes: of the values, by name.
+        parts: kind, name and tensor of all three kinds, in any order.
+        more: see `State.more`; fp32.
 
     Raises:
         DiskFull: nothing that was there is touched.
     """
-    path = folder / f"state-{state.step:08d}.safetensors"
-    tensors = {
-        f"{kind}/{name}": tensor
-        for kind in ("values", "first", "second", "more")
-        for name, tensor in getattr(state, kind).items()
-    }
-    write_tensors(path, tensors, {"step": state.step, "fingerprint": fingerprint})
-    write_json(beside(path), file_digest(path))
-    for old in _states(folder)[:-_KEPT]:
+    every = {f"{kind}/{name}": list(shape) for name, shape in shapes.items() for kind in KINDS}
+    every |= {f"{_MORE}/{name}": list(tensor.shape) for name, tensor in more.items()}
+    with filling(state.path, every, {"step": state.step, "fingerprint": fingerprint}) as put:
+        for kind, name, tensor in parts:
+            put(f"{kind}/{name}", tensor)
+        for name, tensor in more.items():
+            put(f"{_MORE}/{name}", tensor)
+    write_json(beside(state.path), file_digest(state.path))
+    for old in _states(state.path.parent)[:-_KEPT]:
         beside(old).unlink(missing_ok=True)
         old.unlink(missing_ok=True)
-    return path
 
 
 def newest(folder: Path, fingerprint: str) -> State | None:
@@ -62,19 +100,9 @@ def newest(folder: Path, fingerprint: str) -> State | None:
                 continue
             metadata = read_metadata(path)
             if metadata["fingerprint"] == fingerprint:
-                return _read(path, metadata)
+                return State(int(metadata["step"]), path)
     return None
 
 
 def _states(folder: Path) -> list[Path]:
     return sorted(folder.glob("state-*.safetensors"))
-
-
-def _read(path: Path, metadata: dict[str, Any]) -> State:
-    from safetensors.torch import load_file
-
-    parts: dict[str, Named] = {"values": {}, "first": {}, "second": {}, "more": {}}
-    for key, tensor in load_file(path).items():
-        kind, _, name = key.partition("/")
-        parts[kind][name] = tensor
-    return State(int(metadata["step"]), **parts)

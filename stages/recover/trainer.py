@@ -8,9 +8,9 @@ on from its newest state as if nothing had been, and on another number of ranks 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +18,22 @@ import torch
 from torch import Tensor
 
 from stages.corpus.blocks import Block
-from stages.model import load_model
+from stages.forward import predicted
 from stages.recover.config import PruneConfig, RecoverConfig
 from stages.recover.faults import refuse_non_finite
+from stages.recover.layers import by_layer
+from stages.recover.opened import exact_values, open_student, rounded
 from stages.recover.order import blocks_of_step, share_of
-from stages.recover.passes import part_of_loss, predicted, teacher_of_blocks
-from stages.recover.plain import Optimiser, Plain
+from stages.recover.passes import part_of_loss, teacher_of_blocks
+from stages.recover.plain import Optimiser, Plain, shape_of
 from stages.recover.progress import Course
 from stages.recover.pruning import Pruning
 from stages.recover.ranks import Ranks
 from stages.recover.rate import rate_at
-from stages.recover.state import Named, State, newest, save
+from stages.recover.state import KINDS, Kind, Named, State, newest, save
 from stages.recover.taught import Taught
 from stages.recover.text import Text
-from stages.recover.values import trained_parameters, untrained_experts
+from stages.recover.values import moved, trained_parameters, untrained_experts
 
 ALONE = Ranks()
 
@@ -66,18 +68,24 @@ class Training:
 
 @dataclass(frozen=True)
 class Trained:
-    """How it ended. `values` in fp32, by name in memory: those that were trained."""
+    """How it ended."""
 
     step: int
-    values: Named
-    untrained: dict[int, list[int]]  # layer -> experts that never got a gradient
+    finished: bool  # whether it came to its end; otherwise it was asked to pause
     model: Any  # the student, to know how its tensors are called on disk
+    optimiser: Optimiser  # has what was trained
+    sizes: dict[str, int]  # of it, by name in memory
+    untrained: dict[int, list[int]] = field(default_factory=dict)  # layer -> see `values.py`
     kept: Named = field(default_factory=dict)  # name of S -> rows that stay [K, n], where pruned
 
-    @property
-    def finished(self) -> bool:
-        """Whether it came to its end; otherwise it was asked to pause."""
-        return bool(self.values)
+    @cached_property
+    def values(self) -> Named:
+        """What was trained, in fp32, by name in memory; all ranks ask for it together."""
+        return {name: value.clone() for name, value in self.optimiser.gathered("values")}
+
+    def layers(self) -> Iterator[Named]:
+        """The same, a layer at a time; all ranks walk along together."""
+        return by_layer(self.optimiser.gathered("values"))
 
 
 def train(training: Training, ranks: Ranks = ALONE) -> Trained:
@@ -93,12 +101,10 @@ def train(training: Training, ranks: Ranks = ALONE) -> Trained:
         at_end = loop.step == training.config.steps
         if asked and not at_end:
             loop.save()
-            return Trained(loop.step, {}, {}, loop.model)
+            return loop.ended()
         if at_end or loop.step % training.config.checkpoint_every == 0:
             loop.save()
-    _, second = loop.optimiser.moments()
-    silent = untrained_experts(loop.model, second)
-    return Trained(loop.step, loop.optimiser.values(), silent, loop.model, loop.kept)
+    return loop.ended()
 
 
 class Loop:
@@ -109,17 +115,17 @@ class Loop:
         self._training, self._config, self._ranks = training, config, ranks
         self._text = Text(training.corpus)
         self._taught = Taught(training.taught) if training.taught else None
-        self.model = load_model(training.student, "float32", trust_remote_code=training.needs_code)
+        self.model = open_student(training.student, config, ranks, needs_code=training.needs_code)
         self._trained = trained_parameters(self.model, config)
-        self.optimiser: Optimiser = make_optimiser(self.model, self._trained, config, ranks)
+        self.optimiser = make_optimiser(self.model, self._trained, training, ranks)
         self._pruning: Pruning | None = None
         if training.prune is not None:
             assert ranks.group is None, "rows of S go in one process"
             self._pruning = Pruning(self._trained, training.prune, config.steps)
         self.kept: Named = {}
         self.step = 0
-        if (state := newest(training.folder, training.fingerprint)) is not None:
-            self.optimiser.load(state.values, state.first, state.second, state.step)
+        if (state := self._newest()) is not None:
+            self.optimiser.load(state)
             self.step = state.step
             self._prune_from(state)
         self._course = Course(training.course, self.step) if ranks.rank == 0 else None
@@ -128,7 +134,7 @@ class Loop:
         """One update; whether somebody asked to pause."""
         config, begun = self._config, time.monotonic()
         indices = blocks_of_step(self.step, len(self._text), config.batch, config.seed)
-        tokens = predicted(self._text.blocks(indices))
+        tokens = predicted(self.model.config, [b.tokens for b in self._text.blocks(indices)])
         own = share_of(indices, self._ranks.rank, self._ranks.size, config.micro_batch)
         sums = torch.zeros(2, dtype=torch.float64)
         for number, part in enumerate(own):
@@ -152,11 +158,37 @@ class Loop:
 
     def save(self) -> None:
         """Writes a state; every rank takes part in gathering it."""
-        values, (first, second) = self.optimiser.values(), self.optimiser.moments()
-        if self._ranks.rank == 0:
-            scores = {} if self._pruning is None else self._pruning.scores
-            state = State(self.step, values, first, second, scores)
-            save(self._training.folder, state, self._training.fingerprint)
+        parts = self._parts()
+        if self._ranks.rank != 0:
+            for _ in parts:
+                pass
+            return
+        shapes = {name: shape_of(parameter) for name, parameter in self._trained.items()}
+        scores = {} if self._pruning is None else self._pruning.scores
+        state = State.at(self._training.folder, self.step)
+        save(state, shapes, parts, scores, self._training.fingerprint)
+
+    def ended(self) -> Trained:
+        """What has become of it; every rank calls it."""
+        sizes = {name: shape_of(each).numel() for name, each in self._trained.items()}
+        finished = self.step == self._config.steps
+        silent = {}
+        if finished:
+            moments = self.optimiser.gathered("second")
+            silent = untrained_experts(self.model, {name: moved(each) for name, each in moments})
+        return Trained(self.step, finished, self.model, self.optimiser, sizes, silent, self.kept)
+
+    def _parts(self) -> Iterator[tuple[Kind, str, Tensor]]:
+        for kind in KINDS:
+            for name, tensor in self.optimiser.gathered(kind):
+                yield kind, name, tensor
+
+    def _newest(self) -> State | None:
+        """The newest state that is whole: rank 0 looks, all go on from the same."""
+        folder, fingerprint = self._training.folder, self._training.fingerprint
+        found = newest(folder, fingerprint) if self._ranks.rank == 0 else None
+        step = int(self._ranks.total(torch.tensor(0 if found is None else found.step)))
+        return State.at(folder, step) if step else None
 
     def _prune_from(self, state: State) -> None:
         if self._pruning is not None:
@@ -198,10 +230,15 @@ class Loop:
             )
 
 
-def make_optimiser(model: Any, trained: Any, config: RecoverConfig, ranks: Ranks) -> Optimiser:
+def make_optimiser(model: Any, trained: Any, training: Training, ranks: Ranks) -> Optimiser:
     """Plain torch in one process, DeepSpeed where it was asked for or there are more."""
+    config = training.config
     if ranks.group is None:
         return Plain(model, trained, config)
     from stages.recover.zero import Zero
 
-    return Zero(model, trained, config, ranks)
+    optimiser = Zero(model, trained, config, ranks)
+    if config.deepspeed is not None and config.deepspeed.bf16 and rounded(training.student):
+        names, needs_code = trained.keys(), training.needs_code
+        optimiser.begin_with(exact_values(training.student, names, needs_code=needs_code))
+    return optimiser

@@ -38,8 +38,8 @@ def untrained_experts(model: Any, second: Mapping[str, Tensor]) -> dict[int, lis
     """Layer -> its experts of which no value has ever had a gradient.
 
     Args:
-        second: Adam's second moments by name: zero where no gradient ever was. A value that is not
-            there was not trained.
+        second: by name, Adam's second moments or where along their first axis they are not zero
+            (`moved`): zero where no gradient ever was. A value that is not there was not trained.
     """
     found: dict[int, list[int]] = {}
     names = {id(module): name for name, module in model.named_modules()}
@@ -50,6 +50,11 @@ def untrained_experts(model: Any, second: Mapping[str, Tensor]) -> dict[int, lis
         if silent:
             found[layer] = silent
     return found
+
+
+def moved(moment: Tensor) -> Tensor:
+    """[n] bool of `[n, ...]`: where anything is not zero."""
+    return moment.reshape(len(moment), -1).any(dim=1)
 
 
 def _modules(model: Any, config: RecoverConfig) -> list[nn.Module]:
@@ -73,8 +78,8 @@ def _by_expert(experts: nn.Module, moments: Mapping[str, Tensor]) -> dict[int, l
         if alone is not None:
             found.setdefault(alone, []).append(bool(moment.any()))
             continue
-        for expert, moved in enumerate(moment.flatten(1).any(dim=1).tolist()):
-            found.setdefault(expert, []).append(moved)
+        for expert, had_gradient in enumerate(moved(moment).tolist()):
+            found.setdefault(expert, []).append(had_gradient)
     return dict(sorted(found.items()))
 
 

@@ -6,10 +6,15 @@ every tensor that was not trained.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import shutil
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import torch
 from torch import Tensor
 
 from models.atomic import link_or_copy, staged
@@ -42,6 +47,33 @@ def on_disk(model: Any, values: Mapping[str, Tensor], student: Checkpoint) -> di
     return converted
 
 
+@contextmanager
+def overwriting(
+    student: Checkpoint, targets: Mapping[str, Path]
+) -> Iterator[Callable[[Mapping[str, Tensor]], None]]:
+    """New weight files of the student: copies into which trained tensors go, a few at a time.
+
+    Yields what takes trained tensors by name on disk, as `on_disk` gives them; it raises
+    CheckpointError for one that is NaN or infinite. Files appear at the end; those without trained
+    tensors are linked.
+    """
+    with ExitStack() as stack:
+        copies: dict[str, _Copy] = {}
+
+        def put(trained: Mapping[str, Tensor]) -> None:
+            _refuse_non_finite(trained)
+            for name, tensor in trained.items():
+                file = student.tensors[name].file
+                if file not in copies:
+                    copy = _copied(student.path(file), targets[file])
+                    copies[file] = stack.enter_context(copy)
+                copies[file].put(name, tensor)
+
+        yield put
+    for file in targets.keys() - copies.keys():
+        link_or_copy(student.path(file), targets[file])
+
+
 def write_files(
     student: Checkpoint,
     trained: Mapping[str, Tensor],
@@ -61,9 +93,7 @@ def write_files(
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    wrong = [name for name, tensor in trained.items() if not bool(tensor.isfinite().all())]
-    if wrong:
-        raise CheckpointError(f"{wrong[0]} is not finite after training")
+    _refuse_non_finite(trained)
     for file, target in targets.items():
         names = [info.name for info in student.tensors.values() if info.file == file]
         if not (trained.keys() | gone) & set(names):
@@ -78,6 +108,38 @@ def write_files(
             metadata = handle.metadata()
         with staged(target) as temporary:
             save_file(tensors, temporary, metadata)
+
+
+class _Copy:
+    """A safetensors file some of whose tensors are written over where they lie."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        self._file, self._begin = file, 8 + length
+        self._places = {n: each["data_offsets"] for n, each in header.items()}
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        """Of the type and size that is there."""
+        begin, end = self._places[name]
+        assert tensor.nbytes == end - begin, (name, tensor.nbytes, end - begin)
+        self._file.seek(self._begin + begin)
+        self._file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy(force=True).data)
+
+
+@contextmanager
+def _copied(source: Path, target: Path) -> Iterator[_Copy]:
+    with staged(target) as temporary:
+        shutil.copyfile(source, temporary)
+        with temporary.open("r+b") as file:
+            yield _Copy(file)
+
+
+def _refuse_non_finite(trained: Mapping[str, Tensor]) -> None:
+    for name, tensor in trained.items():
+        if not bool(tensor.isfinite().all()):
+            raise CheckpointError(f"{name} is not finite after training")
 
 
 def _with_copies(

@@ -1,28 +1,31 @@
 """AdamW with values, gradients and moments dealt out to the ranks by DeepSpeed (ZeRO).
 
-What the ranks hold is gathered by name for a state, and dealt out again from one, through
-`deepspeed.utils.safe_{get,set}_full_*`. DeepSpeed lets Adam make its moments in the first step, and
-looks for those of all groups of parameters once the first group has stepped, when the others have
-none (0.19.8). Here they are made beforehand; `_lazy_init_hp_params_optimizer_state`, by which
-DeepSpeed takes notice of them, and `fp32_partitioned_groups_flat` are no public names.
+What the ranks hold is gathered by name for a state, and dealt out again from one, one value at a
+time, through `deepspeed.utils.safe_{get,set}_{full,local}_*`. DeepSpeed lets Adam make its moments
+in the first step, and looks for those of all groups of parameters once the first group has stepped,
+when the others have none (0.19.8). Here they are made beforehand;
+`_lazy_init_hp_params_optimizer_state`, by which DeepSpeed takes notice of them, and
+`fp32_partitioned_groups_flat` are no public names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stages.recover.config import DeepSpeedConfig, RecoverConfig
-from stages.recover.plain import adamw
+from stages.recover.layers import largest_layer
+from stages.recover.plain import MOMENTS, adamw, shape_of
 from stages.recover.ranks import Ranks
-from stages.recover.state import Named
+from stages.recover.state import Kind, State
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 # DeepSpeed computes the norm of a gradient only where it clips it.
 _NO_CLIP = 1e30
+# Values that are sent at once; DeepSpeed's own choice.
+_LARGEST_BUCKET = 500_000_000
 
 
 class Zero:
@@ -37,25 +40,22 @@ class Zero:
         import deepspeed
 
         section = config.deepspeed or DeepSpeedConfig()
-        self._stage, self._size = section.zero_stage, ranks.size
+        self._stage, self._ranks = section.zero_stage, ranks
         self._clip = _NO_CLIP if config.clip is None else config.clip
         self._trained = dict(trained)
-        # fp32 as they are on disk: wrapping may round the model.
-        start = {name: p.detach().float().clone() for name, p in trained.items()}
+        clip = 0.0 if self._stage == 0 else self._clip
         self._engine, _, _, _ = deepspeed.initialize(
             model=model,
             optimizer=adamw(trained, config),
-            config=_settings(section, config, ranks.size, 0.0 if self._stage == 0 else self._clip),
+            config=_settings(section, config, ranks.size, clip, _layer_size(model)),
             dist_init_required=False,
         )
         self.model = self._engine
         self._make_moments(0)
-        if section.bf16:
-            self._set_values(start)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """See `Optimiser`. DeepSpeed divides by the ranks, and the loss is divided already."""
-        self._engine.backward(loss * self._size, scale_wrt_gas=False)
+        self._engine.backward(loss * self._ranks.size, scale_wrt_gas=False)
         if not last:
             self._engine.step()  # counts the pass
 
@@ -72,50 +72,71 @@ class Zero:
         # DeepSpeed says -1 where it is no number.
         return norm if norm >= 0 else float("nan")
 
-    def values(self) -> Named:
+    def gathered(self, kind: Kind) -> Iterator[tuple[str, Tensor]]:
         """See `Optimiser`."""
-        from deepspeed.utils import safe_get_full_fp32_param as gathered
+        for name, parameter in self._trained.items():
+            found = self._value(parameter) if kind == "values" else self._moment(parameter, kind)
+            yield name, found.detach().float().cpu()
 
-        plain = self._stage == 0
-        return {n: _on_cpu(p if plain else gathered(p)) for n, p in self._trained.items()}
-
-    def moments(self) -> tuple[Named, Named]:
+    def load(self, state: State) -> None:
         """See `Optimiser`."""
-        first, second = (
-            {name: _on_cpu(self._moment(p, which)) for name, p in self._trained.items()}
-            for which in _MOMENTS
-        )
-        return first, second
+        for name, parameter in self._trained.items():
+            self._set_value(parameter, state.read("values", name))
+        self._make_moments(state.step)
+        for name, parameter in self._trained.items():
+            for kind in MOMENTS:
+                self._set_moment(parameter, kind, state.read(kind, name))
 
-    def load(self, values: Named, first: Named, second: Named, step: int) -> None:
-        """See `Optimiser`."""
-        self._set_values(values)
-        self._make_moments(step)
-        for which, moments in zip(_MOMENTS, (first, second), strict=True):
-            for name, parameter in self._trained.items():
-                self._set_moment(parameter, which, moments[name])
+    def begin_with(self, values: Iterable[tuple[str, Tensor]]) -> None:
+        """Sets the fp32 values that are updated, by name; the model runs with rounded ones."""
+        for name, value in values:
+            self._set_exact(self._trained[name], value)
 
     @property
     def _held(self) -> Any:
         """State of the optimiser inside, by the (flat) tensors that it updates."""
         return self._engine.basic_optimizer
 
-    def _moment(self, parameter: nn.Parameter, which: str) -> Tensor:
+    def _value(self, parameter: nn.Parameter) -> Tensor:
         if self._stage == 0:
-            found: Tensor = self._held.state[parameter][which]
+            return parameter
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        gathered: Tensor = safe_get_full_fp32_param(parameter)
+        return gathered
+
+    def _moment(self, parameter: nn.Parameter, kind: Kind) -> Tensor:
+        if self._stage == 0:
+            found: Tensor = self._held.state[parameter][MOMENTS[kind]]
             return found
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        gathered: Tensor = safe_get_full_optimizer_state(parameter, which)
+        gathered: Tensor = safe_get_full_optimizer_state(parameter, MOMENTS[kind])
         return gathered
 
-    def _set_moment(self, parameter: nn.Parameter, which: str, moment: Tensor) -> None:
-        if self._stage == 0:
-            self._held.state[parameter][which].copy_(moment)
-            return
-        from deepspeed.utils import safe_set_full_optimizer_state
+    def _set_moment(self, parameter: nn.Parameter, kind: Kind, moment: Tensor) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
-        safe_set_full_optimizer_state(parameter, moment.to(parameter.device), which)
+        moment = moment.to(parameter.device)
+        if self._stage == 0:
+            self._held.state[parameter][MOMENTS[kind]].copy_(moment)
+        elif self._stage == 3:
+            own = _own_part(parameter, moment, self._ranks.rank)
+            safe_set_local_optimizer_state(parameter, own, MOMENTS[kind])
+        else:
+            safe_set_full_optimizer_state(parameter, moment, MOMENTS[kind])
+
+    def _set_exact(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """The fp32 value that is updated, which is another one than the model runs with."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+        value = value.to(parameter.device)
+        if self._stage == 3:
+            # Its own function for whole values wants sizes that the ranks divide evenly.
+            own = _own_part(parameter, value, self._ranks.rank)
+            safe_set_local_fp32_param(parameter, own)
+        elif self._stage:
+            safe_set_full_fp32_param(parameter, value)
 
     def _make_moments(self, step: int) -> None:
         """Zeros of the right shapes, as if `step` updates had been made."""
@@ -125,7 +146,7 @@ class Zero:
         for held in (each for group in groups for each in group):
             self._held.state[held] = {
                 "step": torch.tensor(float(step)),
-                **{which: torch.zeros_like(held.data) for which in _MOMENTS},
+                **{which: torch.zeros_like(held.data) for which in MOMENTS.values()},
             }
         optimiser = self._engine.optimizer
         if hasattr(optimiser, "_lazy_init_hp_params_optimizer_state"):
@@ -133,16 +154,11 @@ class Zero:
             optimiser._hp_optimizer_states_linked = False
             optimiser._lazy_init_hp_params_optimizer_state()
 
-    def _set_values(self, values: Named) -> None:
-        """Into the fp32 values that are updated, and into those that the model runs with."""
-        from deepspeed.utils import safe_set_full_fp32_param
-
-        for name, parameter in self._trained.items():
-            value = values[name].to(parameter.device)
-            if self._stage:
-                safe_set_full_fp32_param(parameter, value)
-            with self._gathered(parameter):
-                parameter.data.copy_(value)
+    def _set_value(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Both: the one that is updated and the one that the model runs with."""
+        self._set_exact(parameter, value)
+        with self._gathered(parameter):
+            parameter.data.copy_(value.to(parameter.device))
 
     def _gathered(self, parameter: nn.Parameter) -> Any:
         from contextlib import nullcontext
@@ -155,10 +171,20 @@ class Zero:
 
 
 def _settings(
-    section: DeepSpeedConfig, config: RecoverConfig, ranks: int, clip: float
+    section: DeepSpeedConfig, config: RecoverConfig, ranks: int, clip: float, layer: int
 ) -> dict[str, Any]:
+    """DeepSpeed's config; what it holds beside a rank's share is at most about a layer's size."""
     passes = -(-config.batch // (ranks * config.micro_batch))
-    zero: dict[str, Any] = {"stage": section.zero_stage}
+    bucket = min(layer, _LARGEST_BUCKET)
+    zero: dict[str, Any] = {
+        "stage": section.zero_stage,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+        "sub_group_size": layer,
+        "stage3_max_live_parameters": layer,
+        "stage3_max_reuse_distance": layer,
+        "stage3_prefetch_bucket_size": min(layer // 4, _LARGEST_BUCKET),
+    }
     if section.cpu_offload:
         zero["offload_optimizer"] = {"device": "cpu"}
     return {
@@ -174,5 +200,13 @@ def _settings(
     }
 
 
-def _on_cpu(tensor: Tensor) -> Tensor:
-    return tensor.detach().float().cpu().clone()
+def _layer_size(model: Any) -> int:
+    """Values of the largest layer."""
+    return largest_layer({n: shape_of(p).numel() for n, p in model.named_parameters()})
+
+
+def _own_part(parameter: Any, value: Tensor, rank: int) -> Tensor:
+    """What a rank holds of a value with ZeRO 3: equal parts, the last ones filled up with zeros."""
+    size = parameter.ds_tensor.numel()
+    own = value.flatten()[rank * size : (rank + 1) * size]
+    return nn.functional.pad(own, (0, size - len(own)))

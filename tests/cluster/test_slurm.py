@@ -234,6 +234,26 @@ def test_a_job_that_is_preempted_requeued_and_loses_its_head_goes_on(
     assert bytes_of(run_dir) == undisturbed
 
 
+def test_a_job_whose_node_fails_is_queued_again_and_goes_on_when_there_is_one(
+    lab: Lab, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    job = lab.submit(run_dir)
+    hold(lab, run_dir)
+    try:
+        lab.on("ctl", "scontrol", "update", "nodename=n2", "state=down", "reason=lost")
+        lab.await_state(job, "PENDING 1")
+        done = shards(run_dir)
+        assert not (run_dir / "output").exists()
+    finally:
+        # It may have come back by itself: its daemon lives.
+        lab.on("ctl", "scontrol", "update", "nodename=n2", "state=resume", check=False)
+    assert lab.await_end(job) == "COMPLETED 1 0:0", logs_of(run_dir)
+    resumed = [e for e in read_events(run_dir / "events.jsonl") if e["event"] == "resuming"]
+    assert any(e["stage"] == "calibrate" and e["done"] >= done for e in resumed)
+    assert bytes_of(run_dir) == undisturbed
+
+
 def test_a_cancelled_job_stays_cancelled(lab: Lab, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     job = lab.submit(run_dir)

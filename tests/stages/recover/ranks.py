@@ -36,6 +36,37 @@ def train(folder: Path, group: Any) -> None:
     torch_save({"step": done.step, "values": done.values}, folder / f"rank-{group.rank}.pt")
 
 
+def open_dealt_out(folder: Path, group: Any) -> None:
+    """Opens the student alone; every rank writes what it holds of each value, and its size."""
+    from stages.recover.opened import open_student
+
+    found = training(folder, "job")
+    model = open_student(found.student, found.config, Ranks(group), needs_code=True)
+    sizes = {
+        name: [value.numel(), value.ds_tensor.numel(), value.ds_numel]
+        for name, value in model.named_parameters()
+    }
+    (folder / f"rank-{group.rank}.json").write_text(json.dumps(sizes))
+
+
+def write(folder: Path, group: Any) -> None:
+    """Trains, and writes the files."""
+    from stages.recover.stage import TrainUnit, run_train
+
+    found = training(folder, "job")
+    unit = TrainUnit(
+        student=found.student,
+        needs_code=True,
+        corpus=found.corpus,
+        taught=(),
+        config=found.config,
+        files=(("model.safetensors", folder / "trained.safetensors"),),
+        folder=found.folder,
+        inputs=(),
+    )
+    run_train(unit, Ranks(group))
+
+
 def die_after(folder: Path, group: Any) -> None:
     """Trains, and is killed on all ranks once four states were due."""
     from stages.recover.trainer import Loop

@@ -10,9 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from stages.corpus.blocks import Block
 from stages.corpus.stage import read_blocks
+from stages.forward import predicted
 from stages.recover.loss import distillation, recovery_loss
-from stages.recover.passes import part_of_loss, predicted
+from stages.recover.passes import part_of_loss
 from stages.recover.taught import Taught
 from stages.recover.teach import open_original, say
 from tests.stages.recover.small import LENGTH, Small, config, make
@@ -24,6 +26,10 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
     return make(tmp_path_factory.mktemp("taught"))
 
 
+def tokens_of(model: Any, blocks: list[Block]) -> int:
+    return predicted(model.config, [block.tokens for block in blocks])
+
+
 def loss_of(small: Small, top: int | None, **changes: Any) -> float:
     """The loss of the student on all blocks."""
     wanted = config(teacher={"top": top, "dtype": "float32"}, **changes)
@@ -32,7 +38,7 @@ def loss_of(small: Small, top: int | None, **changes: Any) -> float:
     every = taught.blocks(range(len(blocks)))
     model = open_model(small.student)
     with torch.no_grad():
-        loss, _ = part_of_loss(model, blocks, every, wanted, predicted(blocks))
+        loss, _ = part_of_loss(model, blocks, every, wanted, tokens_of(model, blocks))
     return float(loss)
 
 
@@ -65,7 +71,7 @@ def test_one_pass_adds_up_to_the_loss_that_is_defined(small: Small) -> None:
     wanted = config(teacher={"top": None, "dtype": "float32"}, alpha=0.7)
     blocks = read_blocks(small.corpus)
     taught, model = Taught(small.taught(wanted)), open_model(small.student)
-    tokens = predicted(blocks)
+    tokens = tokens_of(model, blocks)
     assert tokens == (len(blocks) - 1) * (LENGTH - 1) + LENGTH // 2 - 1
     with torch.no_grad():
         parts = [
@@ -85,7 +91,7 @@ def test_the_papers_scaling_adds_up_positions(small: Small) -> None:
     every = Taught(small.taught(wanted)).blocks(range(11))
     model = open_model(small.student)
     with torch.no_grad():
-        loss, _ = part_of_loss(model, blocks, every, wanted, predicted(blocks))
+        loss, _ = part_of_loss(model, blocks, every, wanted, tokens_of(model, blocks))
     ids = torch.tensor([block.tokens for block in blocks])
     ours, theirs = (logits_of(open_model(f), ids)[:, :-1] for f in (small.student, small.original))
     likelihood = F.cross_entropy(ours.flatten(0, 1), ids[:, 1:].flatten())

@@ -92,12 +92,13 @@ def test_killed_ranks_go_on_in_any_number_and_repeat_their_bytes(
         assert torch.equal(value, again[0]["values"][name])
 
 
+@pytest.mark.parametrize("stage", [1, 3])
 def test_bfloat16_runs_round_what_is_computed_and_not_what_is_kept(
-    small: Small, tmp_path: Path
+    small: Small, tmp_path: Path, stage: int
 ) -> None:
     changes: dict[str, Any] = {"mode": "experts", "learning_rate": 1e-5}
     alone = train_alone(describe(small, tmp_path / "alone", **changes))
-    changes |= {"ranks": 1, "deepspeed": {"zero_stage": 1, "bf16": True}}
+    changes |= {"ranks": 1, "deepspeed": {"zero_stage": stage, "bf16": True}}
     describe(small, tmp_path / "one", **changes)
     (found,) = on_ranks(tmp_path / "one", size=1)
     for name, value in alone.values.items():
