@@ -1,4 +1,4 @@
-"""What `benchmarks.compress` asks besides speed: the arithmetic of plans, and the time of an SVD."""
+"""What `benchmarks.compress` asks besides speed: the arithmetic of plans, the time of an SVD."""
 
 from __future__ import annotations
 

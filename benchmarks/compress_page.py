@@ -96,7 +96,9 @@ def quality(found: dict[str, Any]) -> str:
         for row in found["quality"]
     ]
     steps, batch = found["recovery"]["steps"], found["recovery"]["batch"]
-    lines.append(f"\nBoth over the original's; {steps} steps of {batch} blocks, seed {found['seed']}.")
+    lines.append(
+        f"\nBoth over the original's; {steps} steps of {batch} blocks, seed {found['seed']}."
+    )
     return "\n".join(lines)
 
 

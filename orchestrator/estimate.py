@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from orchestrator import samples
-from orchestrator.preflight import Prepared, expected_decisions, expected_layouts
+from orchestrator.preflight import (
+    Prepared,
+    expected_decisions,
+    expected_layouts,
+    student_layouts,
+)
 from stages.calibrate.config import Engine
 from stages.corpus.overlap import BYTES_PER_TOKEN
 from stages.export.layout import FileLayout
@@ -195,13 +200,13 @@ def recover(run: Prepared) -> int:
     vocabulary = int(run.moe.checkpoint.config["vocab_size"])
     data = config.data or run.config.calibrate.data
     logits = 4 * vocabulary * config.micro_batch * data.sequence_length
-    values = sum(each.parameters for each in expected_layouts(run.variants[0], run.moe))
+    values = sum(each.parameters for each in student_layouts(run))
     trained = _trained_values(run, config.mode)
     return PROCESS_BYTES + 4 * values + 24 * trained + 12 * logits
 
 
 def _trained_values(run: Prepared, mode: str) -> int:
-    layouts, moe = expected_layouts(run.variants[0], run.moe), run.moe
+    layouts, moe = student_layouts(run), run.moe
     routers = sum(
         moe.checkpoint.tensors[name].meta().numel()
         for layer in moe.layers

@@ -17,7 +17,8 @@ from models.checkpoint import Checkpoint
 from stages.calibrate.config import Engine
 from stages.corpus.stage import read_blocks
 from stages.errors import Paused
-from stages.recover.config import VERSION, RecoverConfig
+from stages.recover.config import VERSION, PruneConfig, RecoverConfig
+from stages.recover.cut import cut_student
 from stages.recover.progress import read_course
 from stages.recover.ranks import Ranks
 from stages.recover.teach import open_original, say
@@ -130,6 +131,8 @@ class TrainUnit:
     files: tuple[tuple[str, Path], ...]  # weight file of the student -> the new one
     folder: Path  # states, course
     inputs: tuple[tuple[str, str], ...]
+    # Rows of S go by sensitivity; None: all that the student has stay.
+    prune: PruneConfig | None = None
 
     @property
     def name(self) -> str:
@@ -149,11 +152,14 @@ class TrainUnit:
     @property
     def fingerprint(self) -> Fingerprint:
         """Student, text, teacher and arithmetic; not how many ranks share it."""
-        return dict(self.inputs) | {
+        found = dict(self.inputs) | {
             "code": f"recover-{VERSION}",
             "config": self.config.arithmetic,
             "teacher": text_digest([unit.fingerprint for unit in self.taught]),
         }
+        if self.prune is None:
+            return found
+        return found | {"prune": self.prune.model_dump(mode="json")}
 
     @property
     def training(self) -> Training:
@@ -166,6 +172,7 @@ class TrainUnit:
             config=self.config,
             folder=self.folder,
             fingerprint=text_digest(self.fingerprint),
+            prune=self.prune,
         )
 
 
@@ -179,9 +186,13 @@ def run_train(unit: TrainUnit, ranks: Ranks) -> dict[str, Any]:
     done = train(unit.training, ranks)
     if not done.finished:
         raise Paused(f"paused after step {done.step} of {unit.config.steps}", "run it again")
+    rows: dict[str, Any] = {}
     if ranks.rank == 0:
         student = Checkpoint.open(unit.student, allow_links=True)
-        write_files(student, on_disk(done.model, done.values, student), dict(unit.files))
+        trained, gone = on_disk(done.model, done.values, student), frozenset[str]()
+        if (cut := cut_student(student, done.values, done.kept)) is not None:
+            trained, gone, rows = trained | cut.tensors, cut.gone, {"rows": cut.numbers}
+        write_files(student, trained, dict(unit.files), gone)
     course = read_course(unit.training.course)
     means = ("loss", "cross_entropy", "distillation")
     return {
@@ -191,6 +202,7 @@ def run_train(unit: TrainUnit, ranks: Ranks) -> dict[str, Any]:
         "first": {name: course[0][name] for name in means} if course else {},
         "last": {name: course[-1][name] for name in means} if course else {},
         "trained_values": sum(value.numel() for value in done.values.values()),
+        **rows,
     }
 
 
