@@ -4,7 +4,8 @@ Bytes, FLOPs and tokens/s are those of a random Mixtral in fp32 (a quarter of Mi
 and a sixteenth; --quick: that alone), prefill of 512 tokens and decoding at batch 4, one thread;
 each figure with `over` is the decomposed model's share of the other's. Quality is that of the
 bundled model, half of whose experts were merged, on its test text: perplexity over the original's.
-The last rows are the best of them, its experts trained on the observed text after the original.
+The last rows are the best of them, its experts trained on the observed text after the original,
+with the S that it had, and with S chosen by that training at the same bytes.
 
 Cells are kept in --work and not measured again; --out is the file of results, from which --page
 gets its tables.
@@ -46,8 +47,10 @@ QUALITY: dict[str, tuple[dict[str, Any] | None, bool]] = {
     "merged and refitted": (None, True),
     BEST: (SIZE | FITTED, True),
 }
+CHOSEN = {"importance": "sensitivity", "one_shot": "activations", "whiten": True}
 TRAINED: dict[str, tuple[dict[str, Any] | None, bool]] = {
     "the same, recovered": QUALITY[BEST],
+    "the same, S chosen by sensitivity while recovered": (SIZE | CHOSEN, True),
 }
 SIZES = {"quarter": (1024, 3584), "sixteenth": (256, 896)}
 SEED = 0

@@ -71,6 +71,7 @@ def transform(run: Prepared) -> int:
     """The largest finished layer twice, one group of all experts, and fp64 sums of one expert."""
     moe = run.moe
     layouts = [each for variant in run.variants for each in expected_layouts(variant, moe)]
+    layouts += [] if run.config.pruning is None else student_layouts(run)
     largest = max(each.tensor_bytes for each in layouts)
     expert = max(moe.expert_bytes(layer) for layer in moe.layers)
     reading = max(_refit(run), _alignment(run), _pooling(run))

@@ -224,6 +224,8 @@ def _models(run: Prepared) -> list[Row]:
         done += sum(beside(folder / file_name(each.layer)).exists() for each in layouts)
         written += sum(each.file_bytes for each in layouts)
         exported += beside(pipeline.output_of(run, variant.name)).exists()
+    if run.config.pruning is not None:
+        written += sum(each.file_bytes for each in student_layouts(run))
     variants, read = len(run.variants), run.moe.checkpoint.file_bytes * len(run.variants)
     main = expected_layouts(run.variants[0], run.moe)
     return [
