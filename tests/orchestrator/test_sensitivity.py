@@ -15,9 +15,8 @@ from safetensors.torch import load_file
 
 from models.mapped.registration import register
 from orchestrator.load import load
-from orchestrator.preflight import prepare
-from orchestrator.run import run
 from orchestrator.run_folder import RunFolder
+from stages.recover.api import recover
 from stages.recover.progress import read_course
 from tests.orchestrator.test_recovery import RECOVER, recipe, tensors
 from tests.orchestrator.test_recovery_stops import await_step, start
@@ -32,6 +31,7 @@ COMPRESS: dict[str, Any] = {
     "one_shot": "activations",
 }
 SMALL: dict[str, Any] = {"export": {"format": "mapped"}, "compress": COMPRESS}
+STEPS = 100
 # Of [K, n, width] in every layer: a quarter of 16 and of 32 rows.
 EVEN = {"gate_proj": [4, 4], "up_proj": [4, 4], "down_proj": [4, 8]}
 
@@ -106,24 +106,28 @@ def assert_stored_whole(folder: Path, factors: dict[str, dict[str, list[int]]]) 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_killed_in_training_it_ends_in_the_bytes_of_an_undisturbed_run(inputs: Inputs) -> None:
-    training = RECOVER | {"steps": 150, "checkpoint_every": 10, "alpha": 0}
+    training = RECOVER | {"steps": STEPS, "checkpoint_every": 10, "alpha": 0}
     changes = SMALL | {"recover": training, "evaluate": None}
     made, folder = recipe(inputs, **changes), RunFolder(inputs.run_dir)
     killed = start(made)
-    await_step(killed, made, folder, 45)
+    await_step(killed, made, folder, 35)
     killed.send_signal(signal.SIGKILL)
     killed.wait(timeout=60)
     assert not folder.output("compressed").exists()
     states = sorted(folder.recover.glob("state-*.safetensors"))
     assert any(name.startswith("more/") for name in load_file(states[-1]))
+    student = inputs.root / "student"
+    shutil.copytree(folder.start / "student", student)  # it does not stay
     assert start(made).wait(timeout=300) == 0
-    assert len(read_course(folder.recover / "course.jsonl")) == 150
-    ended = {name: t.clone() for name, t in tensors(folder.output("compressed")).items()}
-    shutil.rmtree(inputs.run_dir)
-    run(prepare(load(str(made)).config))
-    again = tensors(folder.output("compressed"))
-    assert ended.keys() == again.keys()
-    assert all(torch.equal(ended[name], again[name]) for name in ended)
+    assert len(read_course(folder.recover / "course.jsonl")) == STEPS
+    assert not (folder.start / "student").exists()
+    given = load(str(made)).config
+    assert given.recover is not None
+    undisturbed = inputs.root / "undisturbed" / "output"
+    recover(student, undisturbed, given.recover, folder.recover_tokens, prune=given.pruning)
+    found, expected = tensors(folder.output("compressed")), tensors(undisturbed)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize(
