@@ -19,7 +19,7 @@ from stages.group.config import Coalesce, GroupConfig, Uncurl
 from stages.merge.config import MergeConfig
 from stages.narrow.config import NarrowConfig
 from stages.probe.config import ProbeConfig
-from stages.recover.config import RecoverConfig
+from stages.recover.config import PruneConfig, PruneSchedule, RecoverConfig
 from stages.refit.config import RefitConfig
 from stages.settings import Settings
 from stages.upload.config import UploadConfig
@@ -142,7 +142,21 @@ class RunConfig(Settings):
     @property
     def written(self) -> ExportConfig:
         """What the files of the main variant look like: format, and how experts are decomposed."""
-        return self.export.model_copy(update={"compress": self.compress})
+        compress = None if self.compress is None else self.compress.at_once
+        return self.export.model_copy(update={"compress": compress})
+
+    @property
+    def pruning(self) -> PruneConfig | None:
+        """How rows of S go in training; None: what stays is decided before any."""
+        compress, recover = self.compress, self.recover
+        if compress is None or recover is None or compress.importance != "sensitivity":
+            return None
+        return PruneConfig(
+            target=compress.sparse,
+            threshold=compress.threshold,
+            multiple=compress.multiple,
+            **(recover.prune or PruneSchedule()).model_dump(),
+        )
 
     @model_validator(mode="before")
     @classmethod
@@ -181,6 +195,37 @@ class RunConfig(Settings):
             raise ValueError("write the section `compress` beside `export`, not in it")
         if self.compress is not None and self.compress.numbers is not None:
             raise ValueError("compress.numbers is decided by compress.threshold=global, not given")
+        return self
+
+    @model_validator(mode="after")
+    def _sensitivity_comes_from_training(self) -> Self:
+        compress, recover = self.compress, self.recover
+        if compress is None or compress.importance != "sensitivity":
+            if recover is not None and recover.prune is not None:
+                raise ValueError("recover.prune belongs to compress.importance=sensitivity")
+            return self
+        asks = "compress.importance=sensitivity"
+        if recover is None:
+            raise ValueError(
+                f"{asks} is measured by the gradients of a training, and there is no section"
+                " `recover`: add one, or set compress.importance=activations (or weights)"
+            )
+        deepspeed = recover.deepspeed
+        wrong = [
+            need
+            for need, met in (
+                ("recover.mode=experts or full: others do not train S", recover.mode != "router"),
+                ("export.format=mapped: others do not store S", self.export.format == "mapped"),
+                ("compress.sparse above 0: there are no rows to choose", compress.sparse > 0),
+                (
+                    "recover.deepspeed.zero_stage 0, 1 or 2: with 3 no rank has whole rows",
+                    deepspeed is None or deepspeed.zero_stage < 3,
+                ),
+            )
+            if not met
+        ]
+        if wrong:
+            raise ValueError(f"{asks} needs {'; '.join(wrong)}")
         return self
 
     @model_validator(mode="after")

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 
 from models.errors import DiskFull, StorageError
 from orchestrator import engine, estimate, samples
-from orchestrator.preflight import Prepared, expected_layouts
+from orchestrator.preflight import Prepared, expected_layouts, student_layouts
 from stages.export.stage import is_companion
 
 _ROOM = "free space, move `run_dir`"
@@ -138,10 +138,13 @@ def shards_at_once(run: Prepared) -> int:
 
 
 def trained_bytes(run: Prepared) -> int:
-    """The trained output, beside the one before training."""
+    """The trained output, beside the one before training, and what has all rows of S."""
     if run.config.recover is None:
         return 0
-    return sum(each.file_bytes for each in expected_layouts(run.variants[0], run.moe))
+    trained = sum(each.file_bytes for each in expected_layouts(run.variants[0], run.moe))
+    if run.config.pruning is None:
+        return trained
+    return trained + sum(each.file_bytes for each in student_layouts(run))
 
 
 def training_bytes(run: Prepared) -> int:

@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from orchestrator import samples
-from orchestrator.preflight import Prepared, expected_decisions, expected_layouts
+from orchestrator.preflight import (
+    Prepared,
+    expected_decisions,
+    expected_layouts,
+    student_layouts,
+)
 from stages.calibrate.config import Engine
 from stages.corpus.overlap import BYTES_PER_TOKEN
 from stages.export.layout import FileLayout
@@ -67,6 +72,7 @@ def transform(run: Prepared) -> int:
     """The largest finished layer twice, one group of all experts, and fp64 sums of one expert."""
     moe = run.moe
     layouts = [each for variant in run.variants for each in expected_layouts(variant, moe)]
+    layouts += [] if run.config.pruning is None else student_layouts(run)
     largest = max(each.tensor_bytes for each in layouts)
     expert = max(moe.expert_bytes(layer) for layer in moe.layers)
     reading = max(_refit(run), _alignment(run), _pooling(run))
@@ -196,11 +202,14 @@ def recover(run: Prepared) -> int:
     vocabulary = int(run.moe.checkpoint.config["vocab_size"])
     data = config.data or run.config.calibrate.data
     logits = 4 * vocabulary * config.micro_batch * data.sequence_length
-    layouts = expected_layouts(run.variants[0], run.moe)
+    layouts = student_layouts(run)
     values = sum(each.parameters for each in layouts)
     largest = max(each.parameters for each in layouts)
-    held = _held_by_rank(config, values, _trained_values(run, config.mode), largest)
-    return PROCESS_BYTES + held + 12 * logits
+    trained = _trained_values(run, config.mode)
+    held = _held_by_rank(config, values, trained, largest)
+    # Whole gradients and values of S, of a matrix at a time and what they come to.
+    pruned = 0 if run.config.pruning is None else 4 * trained
+    return PROCESS_BYTES + held + pruned + 12 * logits
 
 
 def _held_by_rank(config: RecoverConfig, values: int, trained: int, largest: int) -> int:
@@ -221,7 +230,7 @@ def _held_by_rank(config: RecoverConfig, values: int, trained: int, largest: int
 
 
 def _trained_values(run: Prepared, mode: str) -> int:
-    layouts, moe = expected_layouts(run.variants[0], run.moe), run.moe
+    layouts, moe = student_layouts(run), run.moe
     routers = sum(
         moe.checkpoint.tensors[name].meta().numel()
         for layer in moe.layers

@@ -11,7 +11,12 @@ from rich.table import Table
 from orchestrator import disk, engine, estimate, flops, pipeline, samples
 from orchestrator.estimate import human
 from orchestrator.needs import needs
-from orchestrator.preflight import Prepared, expected_decisions, expected_layouts
+from orchestrator.preflight import (
+    Prepared,
+    expected_decisions,
+    expected_layouts,
+    student_layouts,
+)
 from stages.compress.config import CompressConfig
 from stages.compress.layer import applies
 from stages.group.decision import LayerDecision
@@ -93,6 +98,20 @@ def _training(run: Prepared) -> str:
         f" ({tokens / data.tokens:.1f} times the text), mode {config.mode}; the teacher's"
         f" predictions take up to {human(estimate.taught_bytes(run))} while they are needed;"
         f" each of {config.ranks} rank(s) needs about {human(estimate.recover(run))} of memory"
+        f"{_pruning(run, config.steps)}"
+    )
+
+
+def _pruning(run: Prepared, steps: int) -> str:
+    """When rows of S go, where they go in training."""
+    pruning = run.config.pruning
+    if pruning is None:
+        return ""
+    warmup, final = pruning.phases(steps)
+    size = sum(each.file_bytes for each in student_layouts(run))
+    return (
+        f"; rows of S go by sensitivity after steps {warmup:,} to {steps - final:,}, from all"
+        f" ({human(size)}) to {pruning.target:.3g} of them"
     )
 
 
@@ -206,6 +225,8 @@ def _models(run: Prepared) -> list[Row]:
         done += sum(beside(folder / file_name(each.layer)).exists() for each in layouts)
         written += sum(each.file_bytes for each in layouts)
         exported += beside(pipeline.output_of(run, variant.name)).exists()
+    if run.config.pruning is not None:
+        written += sum(each.file_bytes for each in student_layouts(run))
     variants, read = len(run.variants), run.moe.checkpoint.file_bytes * len(run.variants)
     main = expected_layouts(run.variants[0], run.moe)
     return [
@@ -247,7 +268,7 @@ def _recover(run: Prepared) -> list[Row]:
     config = run.config.recover
     if config is None:
         return []
-    size = sum(each.file_bytes for each in expected_layouts(run.variants[0], run.moe))
+    size = sum(each.file_bytes for each in student_layouts(run))
     trained = beside(run.folder.recover / "trained").exists()
     state = estimate.state_bytes(run) * -(-config.steps // config.checkpoint_every)
     peak = estimate.recover(run)

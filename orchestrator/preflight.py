@@ -265,6 +265,14 @@ def expected_layouts(variant: Variant, moe: MoeCheckpoint) -> list[FileLayout]:
     return file_layouts(moe, expected_decisions(variant, moe), variant.export)
 
 
+def student_layouts(run: Prepared) -> list[FileLayout]:
+    """Files that training starts from: those of the main variant, or those with all rows of S."""
+    main = run.variants[0]
+    if run.config.pruning is not None:
+        main = replace(main, export=main.export.all_rows)
+    return expected_layouts(main, run.moe)
+
+
 def in_experts(variant: Variant, moe: MoeCheckpoint) -> Variant:
     """A budget in bytes as the most experts whose files fit into it, to the byte.
 

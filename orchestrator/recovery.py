@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.executor import Replicas
@@ -20,14 +21,17 @@ from orchestrator import engine, estimate
 from orchestrator.events import EventLog
 from orchestrator.preflight import Prepared
 from orchestrator.run_folder import RECOVERED
+from stages.compress.layer import applies
 from stages.corpus.stage import CorpusUnit, count_blocks, data_digest, tokenizer_digest
 from stages.errors import Paused
 from stages.export import stage as export
+from stages.export.layout import file_layouts
 from stages.export.stage import ExportUnit, target_name
 from stages.recover import stage as recover
 from stages.recover.config import RecoverConfig
 from stages.recover.progress import read_course
 from stages.recover.stage import TeachUnit, TrainUnit
+from stages.transform.stage import TransformUnit
 from stages.unit import Done, beside, finished, read_digests
 from stages.verify.stage import identity
 
@@ -60,7 +64,9 @@ def corpus_unit(run: Prepared) -> CorpusUnit:
 def identity_of(run: Prepared) -> str:
     """What trained values follow from, beside what the reduced ones follow from."""
     text = data_digest(corpus_unit(run).config, run.folder.fetched)
-    return text_digest([config_of(run).arithmetic, text])
+    pruning = run.config.pruning
+    more = [] if pruning is None else [pruning.model_dump(mode="json")]
+    return text_digest([config_of(run).arithmetic, text, *more])
 
 
 def teach_units(run: Prepared) -> list[TeachUnit]:
@@ -85,12 +91,55 @@ def teach_units(run: Prepared) -> list[TeachUnit]:
     )
 
 
-def train_unit(run: Prepared, before: ExportUnit, taught: Sequence[TeachUnit]) -> TrainUnit:
-    """The training of the checkpoint that `before` wrote."""
+def starting(run: Prepared, units: Sequence[TransformUnit]) -> list[TransformUnit]:
+    """The units; where rows of S go in training, they write layers with all of them as well."""
+    if run.config.pruning is None:
+        return list(units)
+    return [
+        unit if unit.decomposes is None else replace(unit, start=start_file(run, unit.layer))
+        for unit in units
+    ]
+
+
+def start_file(run: Prepared, layer: int | None) -> Path:
+    """A layer with all rows of S."""
+    assert layer is not None
+    return run.folder.start / f"start-{layer:05d}.safetensors"
+
+
+def student_unit(run: Prepared, before: ExportUnit) -> ExportUnit:
+    """The folder that training starts from: what `before` wrote, or that with all rows of S."""
+    if run.config.pruning is None:
+        return before
+    config = before.config.all_rows
+    pairs = zip(before.layouts, before.files, strict=True)
+    decided = {each.layer for each in before.decisions}
+    return replace(
+        before,
+        layouts=tuple(file_layouts(run.moe, before.decisions, config)),
+        files=tuple(
+            start_file(run, layout.layer)
+            if layout.layer in decided and applies(config.compress, layout.layer)
+            else path
+            for layout, path in pairs
+        ),
+        config=config,
+        output=run.folder.start / "student",
+        variant="start",
+    )
+
+
+def train_unit(
+    run: Prepared, before: ExportUnit, taught: Sequence[TeachUnit], student: ExportUnit
+) -> TrainUnit:
+    """The training of the checkpoint that `student` is, in files like those that `before` wrote."""
     names = [target_name(index, len(before.files)) for index in range(len(before.files))]
     folder = run.folder.layers(RECOVERED)
+    # A student of its own does not stay, so that it is known by what it is made of.
+    whole = read_digests(before.marker)
+    own = whole if student is before else text_digest([whole, student.fingerprint])
     return TrainUnit(
-        student=before.output,
+        student=student.output,
         needs_code=before.needs_code,
         corpus=run.folder.recover_tokens,
         taught=tuple(taught),
@@ -99,15 +148,23 @@ def train_unit(run: Prepared, before: ExportUnit, taught: Sequence[TeachUnit]) -
         folder=run.folder.recover,
         inputs=(
             ("corpus", read_digests(beside(run.folder.recover_tokens))),
-            ("student", read_digests(before.marker)),
+            ("student", own),
             ("threads", str(run.config.executor.threads_per_unit)),
         ),
+        prune=run.config.pruning,
     )
 
 
-def export_unit(run: Prepared, before: ExportUnit, trained: TrainUnit) -> ExportUnit:
-    """The same folder with the trained files."""
+def export_unit(run: Prepared, before: ExportUnit, trained: TrainUnit, done: Done) -> ExportUnit:
+    """The same folder with the trained files, and the rows of S that training left."""
     digest = read_digests(trained.marker)
+    if (rows := done.result.get("rows")) is not None:
+        numbers = {int(layer): each for layer, each in rows.items()}
+        assert before.config.compress is not None
+        compress = before.config.compress.model_copy(update={"numbers": numbers})
+        config = before.config.model_copy(update={"compress": compress})
+        layouts = tuple(file_layouts(run.moe, before.decisions, config))
+        before = replace(before, config=config, layouts=layouts)
     return replace(
         before,
         files=tuple(trained.outputs),
@@ -133,26 +190,47 @@ def recovered(
     Raises:
         Interrupted: the run was asked to stop, and the training left a state.
     """
-    taught = teach_units(run)
-    unit = train_unit(run, before, taught)
-    if finished(unit) is None and taught:
-        scheduler.run_model(
-            "teach", taught, recover.make_asker, estimate.teach(run, engine.teacher(run))
-        )
+    taught, student = teach_units(run), student_unit(run, before)
+    unit = train_unit(run, before, taught, student)
+    if finished(unit) is None:
+        _prepare(run, scheduler, taught, None if student is before else student)
     with _watched(run, unit, scheduler, events):
         try:
             memory = estimate.recover(run)
-            scheduler.run_model("recover", [unit], recover.make_trainer, memory, replicas(run))
+            (done,) = scheduler.run_model(
+                "recover", [unit], recover.make_trainer, memory, replicas(run)
+            )
         except Paused:
             scheduler.stopped()
             raise
     shutil.rmtree(run.folder.taught, ignore_errors=True)
     for state in run.folder.recover.glob("state-*.safetensors*"):
         state.unlink()
-    after = export_unit(run, before, unit)
+    if student is not before:
+        shutil.rmtree(student.output, ignore_errors=True)
+        student.marker.unlink(missing_ok=True)
+    after = export_unit(run, before, unit, done)
     memory = estimate.export(run, before.layouts, before.engine)
     scheduler.run("export", [after], export.run_one, memory)
     return after
+
+
+def _prepare(
+    run: Prepared, scheduler: Scheduler, taught: Sequence[TeachUnit], student: ExportUnit | None
+) -> None:
+    """The teacher's predictions, where one is asked, and a student of its own, where there is."""
+    if taught:
+        memory = estimate.teach(run, engine.teacher(run))
+        scheduler.run_model("teach", taught, recover.make_asker, memory)
+    if student is not None:
+        memory = estimate.export(run, student.layouts, student.engine)
+        scheduler.run("export", [student], export.run_one, memory)
+
+
+def trained_variant(run: Prepared, trained: ExportUnit) -> Prepared:
+    """The run as its result is: with the rows of S that training left."""
+    main = replace(run.variants[0], export=trained.config)
+    return replace(run, variants=(main, *run.variants[1:]))
 
 
 @contextmanager

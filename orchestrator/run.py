@@ -85,9 +85,13 @@ def run(prepared: Prepared, listeners: Sequence[Listener] = ()) -> Path:
         decided = _decide(prepared, scheduler, statistics, events)
         prepared, decided = _threshold(prepared, scheduler, decided)
         written = _write_models(prepared, scheduler, decided, events)
+        trained = None
         if prepared.config.recover is not None:
-            recovery.recovered(prepared, scheduler, events, written)
+            trained = recovery.recovered(prepared, scheduler, events, written)
         measured = _measure(prepared, scheduler, decided, events)
+        if trained is not None:
+            prepared = recovery.trained_variant(prepared, trained)
+            decided = [replace(decided[0], layouts=list(trained.layouts)), *decided[1:]]
         for message in _report(prepared, scheduler, statistics, decided, measured):
             events.emit("warning", message=message)
         _upload(prepared, scheduler)
@@ -274,7 +278,8 @@ def _write_models(
     ]
     main, others = needed[0], [unit for units in plans[1:] for unit in units]
     variant, decisions = main.variant, main.decisions
-    plans[0] = chain.written(prepared, variant, decisions, plans[0], scheduler.run, others)
+    first = recovery.starting(prepared, plans[0])
+    plans[0] = chain.written(prepared, variant, decisions, first, scheduler.run, others)
     choice = engine.gate(prepared, decided[0].layouts)
     _tell(events, "export", choice)
     exports = [

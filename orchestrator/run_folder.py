@@ -147,6 +147,11 @@ class RunFolder:
         return self.recover / "teacher"
 
     @property
+    def start(self) -> Path:
+        """Layers with all rows of S, and the student that is made of them while it is trained."""
+        return self.recover / "start"
+
+    @property
     def unrecovered(self) -> Path:
         """The checkpoint before it was trained, where it was."""
         return self.root / "unrecovered"

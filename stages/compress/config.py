@@ -30,7 +30,10 @@ class CompressConfig(Settings):
     # matrix products want rows of whole 16 bytes.
     multiple: int = Field(default=8, gt=0)
     # weights: norms of S, no data. activations: what dropping them costs on the sampled tokens.
-    importance: Literal["weights", "activations"] = "weights"
+    # sensitivity: |w dL/dw|, accumulated while the section `recover` trains the model.
+    importance: Literal["weights", "activations", "sensitivity"] = "weights"
+    # With importance=sensitivity: what decides the S of the checkpoint before training.
+    one_shot: Literal["weights", "activations"] = "weights"
     # layer: the same share of S in every matrix. global: the share of all S together, its rows
     # ranked by how much of their own matrix they hold; needs a pass over all layers before.
     threshold: Literal["layer", "global"] = "layer"
@@ -61,7 +64,24 @@ class CompressConfig(Settings):
                 f"threshold=global divides a part of S over the layers; sparse={self.sparse:g}"
                 " keeps the same of every one: use threshold=layer"
             )
+        if self.one_shot != "weights" and self.importance != "sensitivity":
+            raise ValueError(
+                f"one_shot={self.one_shot} belongs to importance=sensitivity; without training set"
+                f" importance={self.one_shot}"
+            )
         return self
+
+    @property
+    def at_once(self) -> Self:
+        """What is kept before any training."""
+        if self.importance != "sensitivity":
+            return self
+        return self.model_copy(update={"importance": self.one_shot})
+
+    @property
+    def all_rows(self) -> Self:
+        """The same factors with all of S."""
+        return self.model_copy(update={"sparse": 1.0, "threshold": "layer", "numbers": None})
 
     def kept(self, layer: int, matrix: str) -> int | None:
         """How much of S this matrix keeps; None: its share."""
@@ -70,4 +90,4 @@ class CompressConfig(Settings):
     @property
     def needs_inputs(self) -> bool:
         """Whether the sample of what enters the layers is read."""
-        return self.whiten or self.importance == "activations"
+        return self.whiten or self.at_once.importance == "activations"

@@ -10,7 +10,7 @@ from models.factored import Axis, Factored
 from stages.compress.config import CompressConfig
 from stages.compress.lowrank import at_least_fp32, fast_factors, rank_from_ratio, residual
 from stages.compress.randomised import randomised_svd, worthwhile
-from stages.compress.sparse import cut, importance, kept_count, strongest
+from stages.compress.sparse import cut, importance, kept_evenly, strongest, to_multiple
 from stages.compress.whiten import second_moments, whitened_factors
 
 
@@ -37,18 +37,11 @@ def shape_of(config: CompressConfig, height: int, width: int, kept: int | None =
     if rank is None:
         assert config.ratio is not None
         wanted = rank_from_ratio(config.ratio, height, width)
-        rank = min(_even(wanted, config.multiple), height, width)
+        rank = min(to_multiple(wanted, config.multiple), height, width)
     if kept is None:
         along = height if config.axis == "rows" else width
-        kept = kept_count(config.sparse, along)
-        if kept < along:
-            kept = min(_even(kept, config.multiple), along)
+        kept = kept_evenly(config.sparse, along, config.multiple)
     return Shape(height, width, rank, kept, config.axis)
-
-
-def _even(count: int, multiple: int) -> int:
-    """The nearest multiple (halves up), of what is not smaller than one."""
-    return count if count < multiple else (2 * count + multiple) // (2 * multiple) * multiple
 
 
 @dataclass(frozen=True)

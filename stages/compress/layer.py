@@ -14,7 +14,8 @@ from models.expert_function import Activation, activations
 from models.factored import Factored, FactoredExpert
 from stages.compress.config import CompressConfig
 from stages.compress.factor import Shape, factor, shape_of
-from stages.compress.lowrank import at_least_fp32
+from stages.compress.lowrank import at_least_fp32, residual
+from stages.compress.sparse import cut
 from stages.refit.usage import Usage
 
 
@@ -62,6 +63,19 @@ def compress_layer(
 
     pairs = zip(experts, seen.use, strict=True)
     return [_assembled(expert, in_turn(expert, seen, use, one)) for expert, use in pairs]
+
+
+@torch.inference_mode()
+def with_all_rows(expert: Expert, made: FactoredExpert) -> FactoredExpert:
+    """The decomposed expert with all rows (or columns) of S: the function of the whole one."""
+    found = {}
+    for name, each in made.matrices().items():
+        left, right = at_least_fp32(each.left), at_least_fp32(each.right)
+        rest = residual(getattr(expert, name), left, right)
+        index = torch.arange(rest.shape[0 if each.axis == "rows" else 1])
+        kept = cut(rest, each.axis, index).to(each.left.dtype).contiguous()
+        found[name] = Factored(each.left, each.right, index, kept, each.axis)
+    return _assembled(expert, found)
 
 
 def in_turn(

@@ -20,6 +20,21 @@ def kept_count(share: float, size: int) -> int:
     return int(Fraction(str(share)) * size + Fraction(1, 2))
 
 
+def kept_evenly(share: float, size: int, multiple: int) -> int:
+    """`share` of `size` rows to the nearest multiple, where every matrix keeps the same share.
+
+    Raises:
+        ValueError: a share outside 0..1.
+    """
+    kept = kept_count(share, size)
+    return kept if kept == size else min(to_multiple(kept, multiple), size)
+
+
+def to_multiple(count: int, multiple: int) -> int:
+    """The nearest multiple (halves up), of what is not smaller than one."""
+    return count if count < multiple else (2 * count + multiple) // (2 * multiple) * multiple
+
+
 def importance(rest: Tensor, axis: Axis, inputs: Tensor | None = None) -> Tensor:
     """Importance of every row [H] or column [W] of S `rest` [H, W].
 

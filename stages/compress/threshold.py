@@ -8,7 +8,6 @@ bytes are spent is the best division. The bytes are those that `threshold: layer
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+Counts = NDArray[np.int64]
 Numbers = dict[int, dict[str, int]]
 
 
@@ -32,38 +32,55 @@ class Curve:
     even: int  # rows where every matrix keeps the same share
 
 
-def share_out(curves: Sequence[Curve], multiple: int) -> Numbers:
-    """Layer -> matrix -> rows, of together at most the bytes of the even division.
+def share_out(curves: Sequence[Curve], multiple: int, budget: int | None = None) -> Numbers:
+    """Layer -> matrix -> rows, of together at most `budget` bytes; None: of the even division.
 
     What is left of the bytes is less than any step that is still possible. Numbers below `multiple`
     are free; from it on they are multiples of it, or all rows. Ties go to the matrix that is the
     farthest from its even share, then to the lower layer, then by name.
     """
-    left = sum(curve.even * curve.row_bytes for curve in curves)
-    taken = [0] * len(curves)
-    steps = [_step(curve, i, 0, multiple) for i, curve in enumerate(curves) if len(curve.gains)]
-    heapq.heapify(steps)
-    while steps:
-        *_, index, wanted = heapq.heappop(steps)
-        curve = curves[index]
-        cost = (wanted - taken[index]) * curve.row_bytes
-        if cost > left:
-            continue  # further steps of this matrix cost no less, but for a last one of fewer rows
-        left, taken[index] = left - cost, wanted
-        if wanted < len(curve.gains):
-            heapq.heappush(steps, _step(curve, index, wanted, multiple))
+    left = sum(curve.even * curve.row_bytes for curve in curves) if budget is None else budget
+    ranked = sorted(curves, key=lambda curve: (curve.layer, curve.matrix))
+    worth, progress, wanted, cost, owner = _steps(ranked, multiple)
+    order = np.lexsort((owner, progress, -worth))
+    wanted, cost, owner = wanted[order], cost[order], owner[order]
+    taken = np.zeros(len(ranked), dtype=np.int64)
+    first = int((np.cumsum(cost) <= left).sum())  # all of these fit
+    np.maximum.at(taken, owner[:first], wanted[:first])
+    left -= int(cost[:first].sum())
+    closed: set[int] = set()
+    for who, rows, price in zip(*(x[first:].tolist() for x in (owner, wanted, cost)), strict=True):
+        if len(closed) == len(ranked):
+            break
+        if who in closed or price > left:
+            # Further steps cost no less, but for a last one of fewer rows.
+            closed.add(who)
+            continue
+        left, taken[who] = left - price, rows
     found: Numbers = {}
-    for curve, rows in zip(curves, taken, strict=True):
+    for curve, rows in zip(ranked, taken.tolist(), strict=True):
         found.setdefault(curve.layer, {})[curve.matrix] = rows
     return found
 
 
-def _step(
-    curve: Curve, index: int, kept: int, multiple: int
-) -> tuple[float, float, int, str, int, int]:
-    """The next possible number of rows, ordered by what it is worth per byte."""
-    wanted = kept + 1 if kept + 1 < multiple else (kept // multiple + 1) * multiple
-    wanted = min(wanted, len(curve.gains))
-    worth = float(curve.gains[kept:wanted].sum()) / ((wanted - kept) * curve.row_bytes)
-    progress = wanted / curve.even if curve.even else float(wanted * len(curve.gains))
-    return -worth, progress, curve.layer, curve.matrix, index, wanted
+def _steps(curves: Sequence[Curve], multiple: int) -> tuple[Array, Array, Counts, Counts, Counts]:
+    """Of every possible number of rows of every matrix: what the step to it is worth per byte, how
+    far from the even share it leads, the number, the bytes of the step, and the matrix."""
+    parts: list[tuple[Array, Array, Counts, Counts, Counts]] = []
+    for index, curve in enumerate(curves):
+        size = len(curve.gains)
+        edges = sorted({*range(min(multiple, size + 1)), *range(0, size, multiple), size})
+        ends = np.array(edges[1:], dtype=np.int64)
+        if not len(ends):
+            continue
+        cost: Counts = (ends - np.array(edges[:-1], dtype=np.int64)) * curve.row_bytes
+        worth = np.add.reduceat(curve.gains, edges[:-1]) / cost
+        # Curves fall; sums of them fall but for rounding.
+        worth = np.minimum.accumulate(worth)
+        progress: Array = ends / (curve.even or 1 / size)
+        parts.append((worth, progress, ends, cost, np.full(len(ends), index)))
+    if not parts:
+        nothing = np.zeros(0, dtype=np.int64)
+        return nothing.astype(float), nothing.astype(float), nothing, nothing, nothing
+    joined = [np.concatenate(each) for each in zip(*parts, strict=True)]
+    return joined[0], joined[1], joined[2], joined[3], joined[4]

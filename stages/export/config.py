@@ -30,6 +30,13 @@ class ExportConfig(Settings):
     # How experts are decomposed: the section `compress` of a run, put here for what writes files.
     compress: CompressConfig | None = None
 
+    @property
+    def all_rows(self) -> Self:
+        """The same files with all rows of S."""
+        if self.compress is None:
+            return self
+        return self.model_copy(update={"compress": self.compress.all_rows})
+
     @model_validator(mode="after")
     def _rows_are_cut(self) -> Self:
         if self.format != "native" and self.router != "representative":

@@ -12,7 +12,7 @@ from models.atomic import attempt, quick_digest, text_digest, write_json
 from models.checkpoint import INDEX, Checkpoint
 from stages.errors import Paused, TrainingError
 from stages.recover.config import PruneConfig, RecoverConfig
-from stages.recover.pruning import Cut, cut_of
+from stages.recover.cut import Cut, cut_student
 from stages.recover.trainer import Trained, Training, train
 from stages.recover.written import on_disk, overwriting, write_files
 
@@ -93,7 +93,7 @@ def write_folder(student: Checkpoint, done: Trained, target: Path) -> None:
     staging.mkdir(parents=True)
     try:
         targets = {file: staging / file for file in student.files}
-        cut = _cut(student, done)
+        cut = cut_student(student, done.values, done.kept) if done.kept else None
         if cut is None:
             with overwriting(student, targets) as put:
                 for values in done.layers():
@@ -110,18 +110,6 @@ def write_folder(student: Checkpoint, done: Trained, target: Path) -> None:
         os.replace(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-
-
-def _cut(student: Checkpoint, done: Trained) -> Cut | None:
-    """The pruned S as the files have it: in the type on disk."""
-    if not done.kept:
-        return None
-    indices = {n: f"{n.removesuffix('.s')}.index" for n in done.kept}
-    read = student.read(indices.values())
-    kinds = {name: student.tensors[name].meta().dtype for name in done.kept}
-    values = {name: done.values[name].to(kinds[name]) for name in done.kept}
-    found = {name: read[index] for name, index in indices.items()}
-    return cut_of(done.kept, values, found, student.config)
 
 
 def _write_index(folder: Path, student: Checkpoint, cut: Cut) -> None:

@@ -59,16 +59,31 @@ class DeepSpeedConfig(Settings):
         return self
 
 
-class PruneConfig(Settings):
-    """How rows of S go during training; for programs (`stages/recover/api.py`), not for runs."""
+class PruneSchedule(Settings):
+    """When rows of S go during training, and what they are ranked by."""
 
-    # Share of the values of all S that stays.
-    target: float = Field(default=0.1, ge=0, le=1)
-    # Steps before the first row goes, and steps at the end in which none does.
-    warmup: int = Field(default=0, ge=0)
-    final: int = Field(default=0, ge=0)
+    # Steps before the first row goes, and steps at the end in which no more go. None: 4 and 16 % of
+    # all steps, as in the paper.
+    warmup: int | None = Field(default=None, ge=0)
+    final: int | None = Field(default=None, ge=0)
     # Smoothing of the sensitivity.
     beta: float = Field(default=0.85, ge=0, lt=1)
+
+    def phases(self, steps: int) -> tuple[int, int]:
+        """Both numbers of steps, of so many."""
+        warmup = steps * 4 // 100 if self.warmup is None else self.warmup
+        return warmup, steps * 16 // 100 if self.final is None else self.final
+
+
+class PruneConfig(PruneSchedule):
+    """How many rows of S stay, and when the others go; runs take it from `compress`."""
+
+    # Share of the rows of S that stays,
+    target: float = Field(default=0.1, ge=0, le=1)
+    # in every matrix, or of all S together by what rows are worth.
+    threshold: Literal["layer", "global"] = "global"
+    # See `CompressConfig.multiple`.
+    multiple: int = Field(default=1, gt=0)
 
 
 class RecoverConfig(Settings):
@@ -104,6 +119,8 @@ class RecoverConfig(Settings):
     weight_decay: float = Field(default=0.0, ge=0)
     # Largest norm of a step's gradient; None: any.
     clip: float | None = Field(default=1.0, gt=0)
+    # With compress.importance=sensitivity: when rows of S go.
+    prune: PruneSchedule | None = None
     teacher: TeacherConfig = TeacherConfig()
     # Steps between two checkpoints from which training goes on after a kill.
     checkpoint_every: int = Field(default=200, gt=0)
@@ -116,6 +133,8 @@ class RecoverConfig(Settings):
         """What decides the result up to rounding: not ranks, passes, states, nor where it runs."""
         free: dict[str, Any] = {"ranks": True, "micro_batch": True, "checkpoint_every": True}
         free |= {"deepspeed": True, "teacher": {"engine"}}
+        if self.prune is None:
+            free["prune"] = True  # as in trainings that know no such section
         values: dict[str, Any] = self.model_dump(mode="json", exclude=free)
         return values | {"bf16": self.deepspeed is not None and self.deepspeed.bf16}
 
@@ -137,6 +156,9 @@ class RecoverConfig(Settings):
             raise ValueError(f"batch={self.batch} cannot be dealt out evenly to {self.ranks} ranks")
         if self.warmup >= self.steps:
             raise ValueError(f"warmup={self.warmup} leaves nothing of {self.steps} steps")
+        if self.prune is not None and sum(self.prune.phases(self.steps)) > self.steps:
+            first, last = self.prune.phases(self.steps)
+            raise ValueError(f"prune: {first} + {last} steps do not fit into {self.steps}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must lie in 0..1, got {self.betas}")
         if self.router and self.mode != "experts":

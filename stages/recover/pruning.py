@@ -1,20 +1,20 @@
 """Rows (or columns) of S go while the student is trained, by sensitivity (MC-SMoE, section 3.3).
 
 I(row) = mean over its values of |w dL/dw|, smoothed over steps by `beta` (PLATON without its
-uncertainty, as in the paper's code, but without that code's lag of one step). All rows of all
-layers, matrices and experts are ranked together; the best stay, up to a share of the values of all
-S that falls by the cubic schedule (`stages/compress/schedule.py`). What falls out is set to zero
-after every step and may come back: its gradient goes on.
+uncertainty, as in the paper's code, but without that code's lag of one step). What stays falls from
+all rows to the target by the cubic schedule (`stages/compress/schedule.py`). What falls out is set
+to zero after every step and may come back: its gradient goes on.
 
-The file format wants as many rows in every expert of a matrix. So the ranking decides how many rows
-a matrix of a layer keeps in the mean of its experts, to the nearest whole one, and every expert
-keeps its own best: layers and matrices differ, experts of one matrix do not.
+The file format wants as many rows in every expert of a matrix, so a matrix has a number of rows and
+each expert keeps its own best of them. With `threshold: layer` every matrix goes to its share; with
+`global` the bytes of that are divided over all matrices and layers by what rows are worth, as
+`stages/compress/threshold.py` divides them. Either way the numbers at the end are those that a
+decomposition without training may have: multiples of `multiple`, and bytes to the last row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,116 +22,135 @@ from torch import Tensor, nn
 
 from models.errors import CheckpointError
 from stages.compress.schedule import kept_share
+from stages.compress.sparse import kept_evenly
+from stages.compress.threshold import Curve, share_out
 from stages.recover.config import PruneConfig
 from stages.recover.state import Named
 
-_S = ".s"
+S = ".s"
+_INDEX_BYTES = 8
 
 
 class Pruning:
     """What is known of every row of S, and which stay."""
 
     def __init__(
-        self, trained: Mapping[str, nn.Parameter], config: PruneConfig, steps: int
+        self,
+        trained: Mapping[str, nn.Parameter],
+        config: PruneConfig,
+        steps: int,
+        value_bytes: int = 4,
     ) -> None:
-        """Raises CheckpointError where no S is trained."""
-        self._parts = {n: p for n, p in trained.items() if n.endswith(_S) and p.dim() == 3}
-        self._config, self._steps = config, steps
+        """Must be made before training: rows of equal sensitivity are told apart by the norms that
+        they start with.
+
+        Args:
+            trained: by name; every S is `[K, N, width]`.
+            value_bytes: of a value of S in the files.
+
+        Raises:
+            CheckpointError: no S is trained.
+        """
+        self._parts = {n: p for n, p in trained.items() if n.endswith(S) and p.dim() == 3}
+        self._config, self._steps, self._value_bytes = config, steps, value_bytes
         if not self._parts:
             raise CheckpointError(
                 "the student has no S that is trained",
                 "give a mapped checkpoint with U V + S, and recover.mode=experts or full",
             )
-        self.scores: Named = {n: torch.zeros(p.shape[:2]) for n, p in self._parts.items()}
+        self._norms = {n: p.detach().float().square().sum(2).cpu() for n, p in self._parts.items()}
+        self.scores: Named = {n: torch.zeros(norms.shape) for n, norms in self._norms.items()}
 
     def load(self, scores: Named) -> None:
         """Goes on from a state."""
         self.scores = dict(scores)
 
     def observe(self) -> None:
-        """Takes a step's gradients, before they are applied; a value without one counts as zero."""
+        """Takes a step's gradients, before they are applied; a value without one counts as zero.
+
+        All ranks call it together.
+        """
+        beta = self._config.beta
         for name, part in self._parts.items():
-            found = torch.zeros(part.shape[:2])
-            if part.grad is not None:
-                found = (part.detach() * part.grad).abs().mean(dim=2).float().cpu()
-            self.scores[name] = (
-                self._config.beta * self.scores[name] + (1 - self._config.beta) * found
-            )
+            found = _sensitivity(part).mean(dim=2).float().cpu()
+            self.scores[name] = beta * self.scores[name] + (1 - beta) * found
 
     def apply(self, step: int) -> dict[str, Tensor]:
-        """Zeroes what falls out after `step` updates; returns rows that stay, `[K, n]` by name."""
-        config = self._config
-        share = kept_share(step, self._steps, config.warmup, config.final, config.target)
-        widths = {name: part.shape[2] for name, part in self._parts.items()}
-        kept = kept_rows(self.scores, widths, share)
+        """Zeroes what falls out after `step` updates; returns rows that stay, `[K, n]` by name.
+
+        All ranks call it together.
+        """
+        kept = strongest_rows(self.scores, self._norms, self.numbers(step))
         for name, part in self._parts.items():
             gone = torch.ones(part.shape[:2], dtype=torch.bool)
             gone.scatter_(1, kept[name], False)
-            part.data[gone.to(part.device)] = 0
+            if bool(gone.any()):
+                _zero(part, gone.to(part.device))
         return kept
 
+    def numbers(self, step: int) -> dict[str, int]:
+        """Rows that every expert keeps after `step` updates, by name."""
+        config, (warmup, final) = self._config, self._config.phases(self._steps)
+        # P(t) = P_T + (1 - P_T) left, in rows or bytes instead of shares.
+        left = kept_share(step, self._steps, warmup, final, 0.0)
+        sizes = {name: part.shape[1] for name, part in self._parts.items()}
+        even = {n: kept_evenly(config.target, size, config.multiple) for n, size in sizes.items()}
+        if config.threshold == "layer":
+            return {n: even[n] + int((sizes[n] - even[n]) * left + 0.5) for n in sizes}
+        curves = [self._curve(name, even[name]) for name in sizes]
+        goal = sum(each.even * each.row_bytes for each in curves)
+        every = sum(len(each.gains) * each.row_bytes for each in curves)
+        budget = goal + int((every - goal) * left + 0.5)
+        return share_out(curves, config.multiple, budget)[0]
 
-def kept_rows(scores: Named, widths: Mapping[str, int], share: float) -> dict[str, Tensor]:
+    def _curve(self, name: str, even: int) -> Curve:
+        """What rows of every expert are worth, its strongest first, added up over experts."""
+        experts, _, width = self._parts[name].shape
+        falling = self.scores[name].double().sort(dim=1, descending=True).values
+        row_bytes = experts * (width * self._value_bytes + _INDEX_BYTES)
+        return Curve(0, name, width * falling.sum(dim=0).numpy(), row_bytes, even)
+
+
+def strongest_rows(scores: Named, norms: Named, numbers: Mapping[str, int]) -> dict[str, Tensor]:
     """The rows that stay, `[K, n]` ascending, for every S.
 
     Args:
-        scores: name -> `[K, n]` importance of its rows.
-        widths: name -> values of a row.
-        share: of the values of all S together; ties go to the earlier name, expert and row.
+        scores, norms: name -> `[K, N]`; equal scores are told apart by norms, then by position.
+        numbers: name -> n.
     """
-    names = sorted(scores)
-    counts = dict.fromkeys(names, 0)
-    if share >= 1:
-        counts = {name: scores[name].numel() for name in names}
-    elif share > 0:
-        every = torch.cat([scores[name].flatten() for name in names])
-        owner = torch.cat([torch.full((scores[n].numel(),), i) for i, n in enumerate(names)])
-        values = torch.tensor([widths[name] for name in names])[owner]
-        order = every.argsort(descending=True, stable=True)
-        fits = values[order].cumsum(0) <= share * int(values.sum())
-        found = torch.bincount(owner[order[fits]], minlength=len(names)).tolist()
-        counts = dict(zip(names, found, strict=True))
     kept = {}
-    for name in names:
-        experts, rows = scores[name].shape
-        count = min(int(counts[name] / experts + 0.5), rows)
-        best = scores[name].argsort(dim=1, descending=True, stable=True)[:, :count]
-        kept[name] = best.sort(dim=1).values
+    for name, count in numbers.items():
+        longest = norms[name].argsort(dim=1, descending=True, stable=True)
+        best = scores[name].gather(1, longest).argsort(dim=1, descending=True, stable=True)
+        kept[name] = longest.gather(1, best[:, :count]).sort(dim=1).values
     return kept
 
 
-@dataclass(frozen=True)
-class Cut:
-    """What pruning leaves of a student's files: tensors of other sizes, and those that are gone."""
+def _sensitivity(part: nn.Parameter) -> Tensor:
+    """|w dL/dw|, the shape of `part`; zero without a gradient."""
+    values: Any = part.detach()
+    gradient: Any = part.grad
+    if _dealt_out(part):
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
-    tensors: Named
-    gone: frozenset[str]
-    config: dict[str, Any]  # config.json
+        values, gradient = safe_get_full_fp32_param(part), safe_get_full_grad(part)
+    if gradient is None:
+        return torch.zeros_like(values)
+    found: Tensor = (values.float() * gradient.float()).abs()
+    return found
 
 
-def cut_of(
-    kept: Mapping[str, Tensor], values: Named, indices: Named, config: dict[str, Any]
-) -> Cut:
-    """The pruned S in the form of the format: `index` and rows, nothing else.
+def _zero(part: nn.Parameter, gone: Tensor) -> None:
+    """Rows `gone` `[K, N]`, where they are updated and where the model reads them."""
+    if _dealt_out(part):
+        from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 
-    Args:
-        kept: name of S -> rows that stay `[K, n]`, of those that the student has.
-        values: name of S -> trained `[K, N, in]`.
-        indices: name of S -> the student's index `[K, N]`.
-        config: the student's config.json.
-    """
-    tensors: Named = {}
-    gone: set[str] = set()
-    factors = {layer: dict(each) for layer, each in config["expert_factors"].items()}
-    for name, rows in kept.items():
-        base = name.removesuffix(_S)
-        path = base.split(".")
-        layer, matrix = path[path.index("layers") + 1], path[-1]
-        factors[layer][matrix] = [factors[layer][matrix][0], rows.shape[1]]
-        if not rows.shape[1]:
-            gone |= {name, f"{base}.index"}
-            continue
-        tensors[f"{base}.index"] = indices[name].gather(1, rows).contiguous()
-        wide = rows[:, :, None].expand(-1, -1, values[name].shape[2])
-        tensors[name] = values[name].gather(1, wide).contiguous()
-    return Cut(tensors, frozenset(gone), config | {"expert_factors": factors})
+        values = safe_get_full_fp32_param(part)
+        values[gone] = 0
+        safe_set_full_fp32_param(part, values)
+    part.data[gone] = 0
+
+
+def _dealt_out(part: nn.Parameter) -> bool:
+    """Whether DeepSpeed (ZeRO 1 or 2) keeps parts of it on several ranks."""
+    return hasattr(part, "_hp_mapping")

@@ -17,12 +17,13 @@ from models.checkpoint import Checkpoint
 from stages.calibrate.config import Engine
 from stages.corpus.stage import read_blocks
 from stages.errors import Paused
-from stages.recover.config import VERSION, RecoverConfig
+from stages.recover.config import VERSION, PruneConfig, RecoverConfig
+from stages.recover.cut import cut_student
 from stages.recover.progress import read_course
 from stages.recover.ranks import Ranks
 from stages.recover.teach import open_original, say
 from stages.recover.trainer import Trained, Training, train
-from stages.recover.written import on_disk, overwriting
+from stages.recover.written import on_disk, overwriting, write_files
 from stages.unit import Done, Fingerprint, OneFile, beside, execute, finished
 
 if TYPE_CHECKING:
@@ -130,6 +131,8 @@ class TrainUnit:
     files: tuple[tuple[str, Path], ...]  # weight file of the student -> the new one
     folder: Path  # states, course
     inputs: tuple[tuple[str, str], ...]
+    # Rows of S go by sensitivity; None: all that the student has stay.
+    prune: PruneConfig | None = None
 
     @property
     def name(self) -> str:
@@ -149,11 +152,14 @@ class TrainUnit:
     @property
     def fingerprint(self) -> Fingerprint:
         """Student, text, teacher and arithmetic; not how many ranks share it."""
-        return dict(self.inputs) | {
+        found = dict(self.inputs) | {
             "code": f"recover-{VERSION}",
             "config": self.config.arithmetic,
             "teacher": text_digest([unit.fingerprint for unit in self.taught]),
         }
+        if self.prune is None:
+            return found
+        return found | {"prune": self.prune.model_dump(mode="json")}
 
     @property
     def training(self) -> Training:
@@ -166,6 +172,7 @@ class TrainUnit:
             config=self.config,
             folder=self.folder,
             fingerprint=text_digest(self.fingerprint),
+            prune=self.prune,
         )
 
 
@@ -179,7 +186,7 @@ def run_train(unit: TrainUnit, ranks: Ranks) -> dict[str, Any]:
     done = train(unit.training, ranks)
     if not done.finished:
         raise Paused(f"paused after step {done.step} of {unit.config.steps}", "run it again")
-    _write(done, unit, ranks)
+    rows = _write(done, unit, ranks)
     course = read_course(unit.training.course)
     means = ("loss", "cross_entropy", "distillation")
     return {
@@ -189,19 +196,36 @@ def run_train(unit: TrainUnit, ranks: Ranks) -> dict[str, Any]:
         "first": {name: course[0][name] for name in means} if course else {},
         "last": {name: course[-1][name] for name in means} if course else {},
         "trained_values": sum(done.sizes.values()),
+        **rows,
     }
 
 
-def _write(done: Trained, unit: TrainUnit, ranks: Ranks) -> None:
-    """Every rank helps to gather what rank 0 writes, a layer at a time."""
+def _write(done: Trained, unit: TrainUnit, ranks: Ranks) -> dict[str, Any]:
+    """Every rank helps to gather what rank 0 writes, a layer at a time; returns facts about it."""
+    if done.kept:
+        return _write_pruned(done, unit, ranks)
     if ranks.rank != 0:
         for _ in done.layers():
             pass
-        return
+        return {}
     student = Checkpoint.open(unit.student, allow_links=True)
     with overwriting(student, dict(unit.files)) as put:
         for values in done.layers():
             put(on_disk(done.model, values, student))
+    return {}
+
+
+def _write_pruned(done: Trained, unit: TrainUnit, ranks: Ranks) -> dict[str, Any]:
+    """S gets other sizes, so that no file stays as long as it was."""
+    values = done.values
+    if ranks.rank != 0:
+        return {}
+    student = Checkpoint.open(unit.student, allow_links=True)
+    cut = cut_student(student, values, done.kept)
+    assert cut is not None
+    trained = on_disk(done.model, values, student) | cut.tensors
+    write_files(student, trained, dict(unit.files), cut.gone)
+    return {"rows": cut.numbers}
 
 
 def make_trainer() -> Callable[[TrainUnit], Done]:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.checkpoint import Checkpoint
 from stages.corpus.blocks import Block
 from stages.forward import predicted
 from stages.recover.config import PruneConfig, RecoverConfig
@@ -52,7 +53,7 @@ class Training:
     folder: Path  # states and the course
     # A state of another one is not gone on from.
     fingerprint: str = ""
-    # In one process without DeepSpeed: rows of S go by sensitivity. None: all stay.
+    # Rows of S go by sensitivity. None: all stay.
     prune: PruneConfig | None = None
 
     @property
@@ -117,11 +118,8 @@ class Loop:
         self._taught = Taught(training.taught) if training.taught else None
         self.model = open_student(training.student, config, ranks, needs_code=training.needs_code)
         self._trained = trained_parameters(self.model, config)
-        self.optimiser = make_optimiser(self.model, self._trained, training, ranks)
-        self._pruning: Pruning | None = None
-        if training.prune is not None:
-            assert ranks.group is None, "rows of S go in one process"
-            self._pruning = Pruning(self._trained, training.prune, config.steps)
+        self._pruning = make_pruning(training, self._trained)
+        self.optimiser: Optimiser = make_optimiser(self.model, self._trained, training, ranks)
         self.kept: Named = {}
         self.step = 0
         if (state := self._newest()) is not None:
@@ -228,6 +226,15 @@ class Loop:
                     "seconds": round(seconds, 3),
                 }
             )
+
+
+def make_pruning(training: Training, trained: Any) -> Pruning | None:
+    """What drops rows of S, where it was asked for; before the values are dealt out."""
+    if training.prune is None:
+        return None
+    student = Checkpoint.open(training.student, allow_links=True)
+    stored = {info.meta().element_size() for n, info in student.tensors.items() if n.endswith(".s")}
+    return Pruning(trained, training.prune, training.config.steps, max(stored, default=4))
 
 
 def make_optimiser(model: Any, trained: Any, training: Training, ranks: Ranks) -> Optimiser:

@@ -18,7 +18,7 @@ from models.atomic import staged
 from models.errors import CheckpointError
 from models.expert import Expert
 from models.expert_function import check_function
-from models.factored import AnyExpert
+from models.factored import AnyExpert, FactoredExpert
 from models.moe import MoeCheckpoint
 from models.routing import route
 from stages.align.config import VERSION as ALIGN_VERSION
@@ -26,7 +26,7 @@ from stages.align.config import AlignConfig
 from stages.align.sample import watched
 from stages.carry.read import carried
 from stages.compress.config import CompressConfig
-from stages.compress.layer import applies
+from stages.compress.layer import applies, with_all_rows
 from stages.compress.unit import Sample, decompose, fingerprint
 from stages.errors import StatisticsError
 from stages.export.config import VERSION as EXPORT_VERSION
@@ -72,11 +72,18 @@ class TransformUnit(OneFile):
     carried: tuple[tuple[Path, ...], str] | None = None
     # Weights of domains in the sample; None: every token counts alike.
     task: tuple[tuple[str, float], ...] | None = None
+    # Where a decomposed layer is written once more, with all rows of S; None: nowhere.
+    start: Path | None = None
 
     @property
     def name(self) -> str:
         """`compressed/layer-00003.safetensors`."""
         return f"{self.variant}/{self.output.name}"
+
+    @property
+    def outputs(self) -> Sequence[Path]:
+        """The file, and the one to start a training from."""
+        return (self.output,) if self.start is None else (self.output, self.start)
 
     @property
     def near(self) -> str | None:
@@ -225,8 +232,6 @@ def run_one(unit: TransformUnit) -> dict[str, Any]:
     Raises:
         CheckpointError: a merged tensor is not finite.
     """
-    from safetensors.torch import save_file
-
     form = FORMATS[unit.export.format]
     names = unit.moe.dense_names(unit.layer)
     dense = unit.moe.checkpoint.read(names)
@@ -239,13 +244,24 @@ def run_one(unit: TransformUnit) -> dict[str, Any]:
             merged = reduction.experts
             result |= reduction.facts
         experts, factored = decomposed(unit, unit.decision, merged, routers)
+        if unit.start is not None:
+            pairs = zip(merged, experts, strict=True)
+            every = [with_all_rows(e, m) for e, m in pairs if isinstance(m, FactoredExpert)]
+            more = form.layer_tensors(unit.moe, unit.decision, every, routers, unit.export)
+            _write(unit, unit.start, tensors | more)
         tensors |= form.layer_tensors(unit.moe, unit.decision, experts, routers, unit.export)
         result |= factored | {"experts": len(merged)} | facts
+    _write(unit, unit.output, tensors)
+    return result | {"tensors": len(tensors), "bytes": unit.output.stat().st_size}
+
+
+def _write(unit: TransformUnit, output: Path, tensors: Mapping[str, Tensor]) -> None:
+    from safetensors.torch import save_file
+
     _refuse_non_finite(unit, tensors)
-    with staged(unit.output) as path:
+    with staged(output) as path:
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         save_file(contiguous, path, metadata={"format": "pt"})
-    return result | {"tensors": len(tensors), "bytes": unit.output.stat().st_size}
 
 
 def merge_layer(
@@ -361,7 +377,7 @@ def _routing(
     return group[inputs.ids], inputs.gates
 
 
-def _refuse_non_finite(unit: TransformUnit, tensors: dict[str, Tensor]) -> None:
+def _refuse_non_finite(unit: TransformUnit, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise CheckpointError(

@@ -8,15 +8,17 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from stages.recover.config import RecoverConfig
+from stages.recover.config import PruneConfig, RecoverConfig
 from stages.recover.ranks import Ranks
 from tests.cluster.ranks import main, torch_save
 
 
 def training(folder: Path, name: str) -> Any:
     """The training that `folder/NAME.json` describes."""
+    from models.mapped.registration import register
     from stages.recover.trainer import Training
 
+    register()
     wanted = json.loads((folder / f"{name}.json").read_text())
     return Training(
         student=Path(wanted["student"]),
@@ -25,6 +27,7 @@ def training(folder: Path, name: str) -> Any:
         taught=tuple(map(Path, wanted["taught"])),
         config=RecoverConfig(**wanted["config"]),
         folder=folder / name,
+        prune=PruneConfig(**wanted["prune"]) if wanted.get("prune") else None,
     )
 
 
@@ -33,7 +36,8 @@ def train(folder: Path, group: Any) -> None:
     from stages.recover.trainer import train
 
     done = train(training(folder, "job"), Ranks(group))
-    torch_save({"step": done.step, "values": done.values}, folder / f"rank-{group.rank}.pt")
+    found = {"step": done.step, "values": done.values, "kept": done.kept}
+    torch_save(found, folder / f"rank-{group.rank}.pt")
 
 
 def open_dealt_out(folder: Path, group: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,54 +18,108 @@ from models.errors import CheckpointError
 from models.mapped.registration import register
 from models.moe import MoeCheckpoint
 from stages.compress.config import CompressConfig
+from stages.compress.factor import shape_of
 from stages.compress.schedule import kept_share
 from stages.export.config import ExportConfig
 from stages.group.decision import from_labels
 from stages.recover.api import recover
 from stages.recover.config import PruneConfig
-from stages.recover.pruning import Pruning, kept_rows
+from stages.recover.pruning import Pruning, strongest_rows
 from tests.stages.recover.small import config, write_text
 from tests.tiny import PROPERTY, compress, logits_of, open_model, random_ids, save_tiny
 
-SIZES = st.lists(st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(1, 5)), min_size=1)
+SIZES = st.lists(st.tuples(st.integers(1, 3), st.integers(1, 30), st.integers(1, 5)), min_size=1)
+STEPS = 20
 
 
-def scores_of(sizes: list[tuple[int, int, int]], seed: int) -> dict[str, torch.Tensor]:
+def pruning_of(sizes: list[tuple[int, int, int]], seed: int, wanted: PruneConfig) -> Pruning:
+    """Random values, and random sensitivities."""
     generator = torch.Generator().manual_seed(seed)
-    return {f"{i}.s": torch.rand(k, n, generator=generator) for i, (k, n, _) in enumerate(sizes)}
+    parts = {
+        f"{i}.s": nn.Parameter(torch.rand(s, generator=generator)) for i, s in enumerate(sizes)
+    }
+    found = Pruning(parts, wanted, STEPS)
+    found.load({n: torch.rand(p.shape[:2], generator=generator) for n, p in parts.items()})
+    return found
 
 
 @PROPERTY
-@given(SIZES, st.integers(0, 9), st.floats(0, 1))
-def test_the_share_is_kept_to_within_half_a_row_of_every_expert(
-    sizes: list[tuple[int, int, int]], seed: int, share: float
+@given(SIZES, st.integers(0, 9), st.integers(0, 100), st.sampled_from([1, 8]))
+def test_the_schedule_ends_at_the_numbers_of_a_decomposition_without_training(
+    sizes: list[tuple[int, int, int]], seed: int, percent: int, multiple: int
 ) -> None:
-    scores = scores_of(sizes, seed)
-    widths = {f"{i}.s": width for i, (_, _, width) in enumerate(sizes)}
-    kept = kept_rows(scores, widths, share)
-    total = sum(scores[n].numel() * widths[n] for n in scores)
-    found = sum(kept[n].numel() * widths[n] for n in scores)
-    slack = sum(len(scores[n]) * widths[n] for n in scores) / 2 + max(widths.values())
-    assert abs(found - share * total) <= slack
-    for name, rows in kept.items():
-        assert bool((rows.diff(dim=1) > 0).all())
-        for expert, mine in enumerate(rows):
-            others = torch.ones(scores[name].shape[1], dtype=torch.bool).scatter(0, mine, False)
-            if len(mine) and bool(others.any()):
-                assert scores[name][expert][mine].min() >= scores[name][expert][others].max()
+    """Of every matrix, with `threshold: layer`; in bytes, to the last possible step, with `global`;
+    and before that they fall from all rows."""
+    shared: dict[str, Any] = {
+        "target": percent / 100,
+        "multiple": multiple,
+        "warmup": 3,
+        "final": 4,
+    }
+    shape = CompressConfig(rank=1, sparse=percent / 100, multiple=multiple)
+    even = {f"{i}.s": shape_of(shape, rows, 99).kept for i, (_, rows, _) in enumerate(sizes)}
+
+    layer = pruning_of(sizes, seed, PruneConfig(threshold="layer", **shared))
+    course = [layer.numbers(step) for step in range(STEPS + 1)]
+    assert course[0] == course[3] == {f"{i}.s": rows for i, (_, rows, _) in enumerate(sizes)}
+    assert course[STEPS] == course[STEPS - 4] == even
+    assert all(a[n] >= b[n] for a, b in pairwise(course) for n in even)
+
+    every = pruning_of(sizes, seed, PruneConfig(threshold="global", **shared))
+    prices = {f"{i}.s": k * (4 * width + 8) for i, (k, _, width) in enumerate(sizes)}
+
+    def spent(numbers: dict[str, int]) -> int:
+        return sum(rows * prices[name] for name, rows in numbers.items())
+
+    assert every.numbers(3) == course[0]
+    left = spent(even) - spent(every.numbers(STEPS))
+    assert 0 <= left < multiple * max(prices.values())
 
 
-def test_the_whole_and_nothing_stay_exactly_and_layers_differ() -> None:
-    scores = {"a.s": torch.tensor([[9.0, 8, 7, 1]]), "b.s": torch.tensor([[6.0, 2, 2, 2]])}
-    widths = {"a.s": 3, "b.s": 3}
-    assert {n: k.tolist() for n, k in kept_rows(scores, widths, 0.5).items()} == {
+def test_every_expert_keeps_its_own_best_and_ties_go_to_longer_rows() -> None:
+    scores = {"a.s": torch.tensor([[1.0, 3, 2, 0], [0.0, 0, 0, 0]])}
+    norms = {"a.s": torch.tensor([[1.0, 1, 1, 1], [1.0, 5, 5, 9]])}
+    found = strongest_rows(scores, norms, {"a.s": 2})
+    assert found["a.s"].tolist() == [[1, 2], [1, 3]]
+    assert strongest_rows(scores, norms, {"a.s": 0})["a.s"].shape == (2, 0)
+
+
+def test_with_one_threshold_layers_differ() -> None:
+    parts = {name: nn.Parameter(torch.ones(1, 4, 3)) for name in ("a.s", "b.s")}
+    pruning = Pruning(parts, PruneConfig(target=0.5), STEPS)
+    pruning.load({"a.s": torch.tensor([[9.0, 8, 7, 1]]), "b.s": torch.tensor([[6.0, 2, 2, 2]])})
+    kept = pruning.apply(STEPS)
+    assert {name: rows.tolist() for name, rows in kept.items()} == {
         "a.s": [[0, 1, 2]],
         "b.s": [[0]],
     }
-    assert all(kept.shape == (1, 4) for kept in kept_rows(scores, widths, 1.0).values())
-    assert all(kept.shape == (1, 0) for kept in kept_rows(scores, widths, 0.0).values())
-    # Ties go to the earlier row.
-    assert kept_rows({"a.s": torch.zeros(2, 4)}, {"a.s": 1}, 0.5)["a.s"].tolist() == [[0, 1]] * 2
+    assert parts["b.s"].data[0, 1:].count_nonzero() == 0
+    assert bool((parts["a.s"].data[0, :3] == 1).all())
+
+
+def test_rows_that_matter_for_the_loss_survive_whatever_their_length() -> None:
+    """y = S x on inputs that see half of the columns: a row that is off there, planted short, and
+    long rows that nothing reads."""
+    generator = torch.Generator().manual_seed(0)
+    planted = torch.tensor([2, 5, 11])
+    part = nn.Parameter(torch.randn(1, 16, 8, generator=generator) * 3)
+    part.data[0, :, :4] = 0  # what the inputs see
+    part.data[0, planted] = 0.01 * torch.randn(3, 8, generator=generator)
+    start, goal = part.detach()[0].clone(), torch.zeros(16, 8)
+    goal[planted, :4] = 1.0
+    pruning = Pruning({"x.s": part}, PruneConfig(target=3 / 16, threshold="layer"), STEPS)
+    optimiser = torch.optim.Adam([part], lr=0.05)
+    for step in range(STEPS):
+        x = torch.zeros(32, 8)
+        x[:, :4] = torch.randn(32, 4, generator=generator)
+        optimiser.zero_grad()
+        (x @ (part[0] - goal).T).square().mean().backward()
+        pruning.observe()
+        optimiser.step()
+        kept = pruning.apply(step + 1)
+    assert kept["x.s"].tolist() == [planted.tolist()]
+    by_norm = start.square().sum(dim=1).argsort(descending=True)[:3]
+    assert not set(by_norm.tolist()) & set(planted.tolist())
 
 
 def test_an_expert_without_a_gradient_ranks_lowest_and_order_does_not_matter() -> None:
