@@ -60,8 +60,8 @@ def short(sections: dict[str, Any], target: float) -> Case:
 
 
 def long(sections: dict[str, Any], target: float) -> Case:
-    """About a quarter of an hour of one core."""
-    return Case(sections, target, OBSERVED, 2000, 1_500_000, {"preset": "long"})
+    """Ten to twenty minutes of one core."""
+    return Case(sections, target, OBSERVED, 1300, 1_500_000, {"preset": "long"})
 
 
 CASES = {
