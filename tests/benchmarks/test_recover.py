@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks import recover_tuning
 from benchmarks.recover import CASES, merged, page_table, recipe
+from benchmarks.recover_tuning import TRIALS
 from orchestrator.load import validate
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results" / "recover.json"
@@ -32,6 +34,9 @@ def test_rows_that_are_not_measured_again_stay_in_the_order_of_the_cases(tmp_pat
     assert merged(None, new) == [new[1], new[0]]
 
 
-def test_the_page_shows_what_the_file_of_results_holds() -> None:
+def test_the_page_shows_what_the_files_of_results_hold() -> None:
     page = (RESULTS.parents[1] / "recover.md").read_text()
     assert page_table(json.loads(RESULTS.read_text())) in page
+    tuning = json.loads(RESULTS.with_name("recover_tuning.json").read_text())
+    assert recover_tuning.page_table(tuning) in page
+    assert [(row["case"], row["rate"], row["alpha"]) for row in tuning["rows"]] == list(TRIALS)
