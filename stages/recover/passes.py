@@ -11,7 +11,8 @@ from torch import Tensor
 from stages.corpus.blocks import Block
 from stages.forward import run
 from stages.recover.config import RecoverConfig
-from stages.recover.loss import Teacher, distillation
+from stages.recover.fused import summed_losses
+from stages.recover.loss import Teacher
 from stages.recover.taught import Taught
 
 
@@ -33,16 +34,12 @@ def part_of_loss(
         this part of the loss, with its gradient; and its sums `[2]` float64 of cross-entropy and
         distillation over tokens.
     """
-    said, labels = _predictions(model, blocks)
-    likelihood = torch.nn.functional.cross_entropy(said, labels, reduction="sum")
-    if teacher is None:
-        return likelihood / tokens, _sums(likelihood, torch.zeros_like(likelihood))
-    here = Teacher(
-        teacher.ids.to(said.device),
-        teacher.log_probabilities.to(said.device),
-        teacher.rest.to(said.device),
+    logits, labels, real = _predictions(model, blocks)
+    likelihood, distilled = summed_losses(
+        logits, labels, real, None if teacher is None else _on(teacher, logits), config.temperature
     )
-    distilled = distillation(said, here, config.temperature).sum()
+    if teacher is None:
+        return likelihood / tokens, _sums(likelihood, distilled)
     # The paper's code adds up positions, divides by sequences and leaves T^2 out.
     share = 1 / tokens
     if config.scaling == "paper":
@@ -51,11 +48,18 @@ def part_of_loss(
     return loss, _sums(likelihood, distilled)
 
 
-def _predictions(model: Any, blocks: Sequence[Block]) -> tuple[Tensor, Tensor]:
-    """[N, V] fp32 logits before every real token, and the tokens [N]."""
+def _predictions(model: Any, blocks: Sequence[Block]) -> tuple[Tensor, Tensor, Tensor]:
+    """[M, V] fp32 logits at every position, the tokens [M] behind, and where one is real [M]."""
     logits, ids, mask = run(model, [block.tokens for block in blocks])
-    keep = mask[:, 1:] & mask[:, :-1]
-    return logits[:, :-1][keep].float(), ids[:, 1:][keep]
+    real = torch.zeros_like(mask)
+    real[:, :-1] = mask[:, 1:] & mask[:, :-1]
+    return logits.flatten(0, 1).float(), ids.roll(-1, dims=1).flatten(), real.flatten()
+
+
+def _on(teacher: Teacher, values: Tensor) -> Teacher:
+    """On the device of the logits."""
+    parts = (teacher.ids, teacher.log_probabilities, teacher.rest)
+    return Teacher(*(each.to(values.device) for each in parts))
 
 
 def _sums(likelihood: Tensor, distilled: Tensor) -> Tensor:
