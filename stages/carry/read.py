@@ -53,7 +53,7 @@ def behind(layer: int, parts: Sequence[Path]) -> tuple[Tensor, float] | None:
     for path in parts:
         try:
             with safe_open(path, framework="pt") as handle:
-                if f"{layer}.stream" not in handle.keys():
+                if f"{layer}.stream" not in set(handle.keys()):
                     return None
                 streams.append(handle.get_tensor(f"{layer}.stream"))
                 factors.append(float(handle.get_tensor(f"{layer}.factor")))

@@ -85,7 +85,12 @@ def test_steps_come_nearer_to_the_target() -> None:
     damaged = [replace(each, up=0.7 * each.up, down=each.down.roll(1, 0)) for each in experts]
 
     errors = [
-        error(polish(damaged, x, routing, Outputs(goal), SILU, PolishConfig(steps=n)), x, routing, goal)
+        error(
+            polish(damaged, x, routing, Outputs(goal), SILU, PolishConfig(steps=n)),
+            x,
+            routing,
+            goal,
+        )
         for n in (0, 50, 400)
     ]
 
