@@ -159,7 +159,7 @@ def _refit_all(
     problem = Problem(
         inputs=x[some],
         target=target[some],
-        use=usage(*(each[some] for each in routing), len(experts)),
+        use=usage(routing[0][some], routing[1][some], len(experts)),
         activations=lambda index, some: activations(experts[index], some, act),
         neurons=experts[0].neurons,
     )
