@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -33,11 +35,22 @@ def last_layer(
     if found is None:
         return None
     stream, factor = found
-    return Distributions(target.float(), stream, factor, opened(model).head)
+    return Distributions(target.float(), stream, factor, Head(model))
 
 
-def opened(folder: Path) -> StreamedModel:
-    """Embeddings, final norm and head of the original, in fp32 on the CPU."""
-    with torch.inference_mode(False):
-        # Links were looked at when the run was prepared.
-        return StreamedModel(Checkpoint.open(folder, allow_links=True), "float32", "cpu")
+@dataclass(frozen=True)
+class Head:
+    """[n, H] residual stream -> [n, V] logits, by final norm and head of a checkpoint in fp32 on
+    the CPU, which are read when they are first needed."""
+
+    folder: Path
+
+    def __call__(self, stream: Tensor) -> Tensor:
+        """A gradient may pass through."""
+        return self._model.head(stream)
+
+    @cached_property
+    def _model(self) -> StreamedModel:
+        with torch.inference_mode(False):
+            # Links were looked at when the run was prepared.
+            return StreamedModel(Checkpoint.open(self.folder, allow_links=True), "float32", "cpu")

@@ -15,8 +15,8 @@ from orchestrator.load import load
 from orchestrator.pipeline import probe_units
 from orchestrator.preflight import prepare
 from orchestrator.run import run
-from stages.probe.config import ProbeConfig
 from stages.group.decision import from_table
+from stages.probe.config import ProbeConfig
 from tests.orchestrator.tiny_run import INTERMEDIATE, LAYERS, Command, Inputs, snapshot
 
 
