@@ -83,7 +83,8 @@ def observe_seed(setup: Setup, seed: int, folder: Path) -> Observed:
     reuse = run.config.calibrate.model_copy(update={"statistics": statistics})
     run = replace(run, config=run.config.model_copy(update={"calibrate": reuse}))
     cached = folder / "original.json"
-    if not cached.exists():
+    # A folder that was copied without its run lacks what others are compared with.
+    if not cached.exists() or not (run.folder.evaluation / ORIGINAL).exists():
         found = _measure(run, setup, ORIGINAL, run.moe.checkpoint.folder, False)
         whole = placeholder(run.moe, dict.fromkeys(run.moe.layers, run.moe.num_experts))
         write_json(cached, found | _sizes(run, whole, ExportConfig()))
