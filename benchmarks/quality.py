@@ -24,6 +24,7 @@ from benchmarks.quality_cell import Setup, measure_cell, observe_seed
 from benchmarks.quality_methods import METHODS, QUICK, Cell, cells
 from benchmarks.quality_summary import (
     DEFAULT,
+    OURS,
     THOROUGH,
     best_other,
     fewer,
@@ -59,6 +60,9 @@ class Task:
 
 def work(task: Task) -> dict[str, Any]:
     """The original and all cells of one observation; what is in the folder is not repeated."""
+    done = held(task)
+    if done["original"] is not None and len(done["cells"]) == len(task.cells):
+        return done
     observed = observe_seed(task.setup, task.seed, task.folder)
     # What takes longest comes last.
     for cell in sorted(task.cells, key=lambda cell: cell.refit):
@@ -75,10 +79,12 @@ def all_work(tasks: Sequence[Task], processes: int) -> list[dict[str, Any]]:
 
 
 def held(task: Task) -> dict[str, Any]:
-    """What the folder of a task holds so far; a cell that was not measured is left out."""
+    """What the folder of a task holds so far; what was not measured is left out, or null."""
     names = [task.folder / "cells" / f"{cell.slug}.json" for cell in task.cells]
     found = [json.loads(path.read_text()) for path in names if path.exists()]
-    return {"original": json.loads((task.folder / "original.json").read_text()), "cells": found}
+    original = task.folder / "original.json"
+    known = json.loads(original.read_text()) if original.exists() else None
+    return {"original": known, "cells": found}
 
 
 def setup_of(options: argparse.Namespace) -> Setup:
@@ -122,7 +128,7 @@ def claim(out: Path, setup: Setup) -> None:
 def plan(setup: Setup, options: argparse.Namespace, out: Path) -> dict[str, list[Task]]:
     """The comparison, then (unless quick) the number of tokens and calibration on one domain, of
     one seed: differences there are large."""
-    chosen = QUICK if options.quick else tuple(METHODS)
+    chosen = QUICK if options.quick else tuple(options.only or METHODS)
     ratios = (0.5,) if options.quick else RATIOS
     seeds = range(1 if options.quick else options.seeds)
     found = tuple(cells(chosen, ratios))
@@ -134,9 +140,13 @@ def plan(setup: Setup, options: argparse.Namespace, out: Path) -> dict[str, list
             for seed in seeds
         ]
     }
-    if every := tuple(each for each in found if each not in few):
-        whole = replace(setup, sample=setup.tokens, statistics=False)
-        tasks["all tokens"] = [Task(whole, seed, out / f"seed-{seed}-all", every) for seed in seeds]
+    every = [each for each in found if each not in few]
+    for tokens in dict.fromkeys(METHODS[each.method].tokens for each in every):
+        some = tuple(each for each in every if METHODS[each.method].tokens == tokens)
+        size = tokens or setup.tokens
+        whole = replace(setup, tokens=size, sample=size, statistics=False)
+        name = "all" if tokens is None else f"all-{tokens}"
+        tasks[name] = [Task(whole, seed, out / f"seed-{seed}-{name}", some) for seed in seeds]
     if options.quick or options.only_comparison:
         return tasks
     for tokens in TOKENS:
@@ -182,7 +192,9 @@ def collect(
     def rows(name: str) -> list[dict[str, Any]]:
         return summary(original, [cell for each in results[name] for cell in each["cells"]])
 
-    main = rows("main") + (rows("all tokens") if "all tokens" in results else [])
+    main = [
+        row for name in results if name == "main" or name.startswith("all") for row in rows(name)
+    ]
     original = {key: value for key, value in original.items() if key != "continuations"}
     best = {fewer(r["keep"]): b["method"] for r in main if (b := best_other(main, r["keep"]))}
     found: dict[str, Any] = {
@@ -192,12 +204,13 @@ def collect(
         "seeds": [task.seed for task in plans["main"]],
         "default_over_best_other": over_best_other(main, DEFAULT),
         "thorough_over_best_other": over_best_other(main, THOROUGH),
+        "over_best_other": {each: over_best_other(main, each) for each in OURS},
         "best_other": best,
         "original": original,
         "rows": main,
     }
-    if "all tokens" in plans:
-        found["setup_all_tokens"] = plans["all tokens"][0].setup.settings()
+    if "all" in plans:
+        found["setup_all_tokens"] = plans["all"][0].setup.settings()
     if "domain" in plans:
         found["calibration_tokens"] = [
             {"tokens": tokens, "rows": rows(f"tokens-{tokens}")} for tokens in TOKENS
@@ -229,6 +242,9 @@ def options_of(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sample", type=int, default=32_768, help="calibrate.sample.tokens")
     parser.add_argument(
         "--only-comparison", action="store_true", help="no tokens, no calibration on one domain"
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=tuple(METHODS), help="some of the methods, to be measured"
     )
     parser.add_argument("--held", action="store_true", help="report what --out holds, run nothing")
     parser.add_argument("--seeds", type=int, default=3)

@@ -38,6 +38,7 @@ from stages.group import stage as group
 from stages.group.decision import LayerDecision
 from stages.group.task import task_layers
 from stages.model import load_model
+from stages.probe.stage import Prober
 from stages.unit import execute
 
 LENGTH = 256  # tokens per block
@@ -82,7 +83,8 @@ def observe_seed(setup: Setup, seed: int, folder: Path) -> Observed:
     reuse = run.config.calibrate.model_copy(update={"statistics": statistics})
     run = replace(run, config=run.config.model_copy(update={"calibrate": reuse}))
     cached = folder / "original.json"
-    if not cached.exists():
+    # A folder that was copied without its run lacks what others are compared with.
+    if not cached.exists() or not (run.folder.evaluation / ORIGINAL).exists():
         found = _measure(run, setup, ORIGINAL, run.moe.checkpoint.folder, False)
         whole = placeholder(run.moe, dict.fromkeys(run.moe.layers, run.moe.num_experts))
         write_json(cached, found | _sizes(run, whole, ExportConfig()))
@@ -101,7 +103,7 @@ def measure_cell(observed: Observed, cell: Cell) -> dict[str, Any]:
         # The second does not count what else ran on the machine.
         built = {
             "seconds": time.monotonic() - start,
-            "cpu_seconds": time.process_time() - work,
+            "cpu_seconds": time.process_time() - work + facts.pop("probe_seconds"),
         }
         recipe = METHODS[cell.method]
         code = FORMATS[recipe.format].needs_code
@@ -159,6 +161,7 @@ def _build(observed: Observed, cell: Cell, folder: Path) -> dict[str, Any]:
     config = validate(base.config.model_dump(mode="json") | update)
     variant = Variant(MAIN, config.group, ExportConfig.model_validate({"format": recipe.format}))
     run = replace(base, config=config, folder=RunFolder(folder), variants=(variant,))
+    probe_seconds = _probe(run, base.folder.root.parent / "probe")
     decisions = _decide(run, variant)
     layouts = file_layouts(run.moe, decisions, variant.export)
     units = pipeline.transform_units(run, variant, decisions, layouts)
@@ -167,8 +170,28 @@ def _build(observed: Observed, cell: Cell, folder: Path) -> dict[str, Any]:
     refitted = here.refitted
     (folder / "output").mkdir()
     assemble(pipeline.export_unit(run, variant, decisions, layouts, units), folder / "output")
-    facts = {"format": recipe.format, "refitted_layers": refitted}
+    facts = {"format": recipe.format, "refitted_layers": refitted, "probe_seconds": probe_seconds}
+    facts["widths"] = [each.width for each in decisions]
     return facts | _sizes(run, decisions, variant.export)
+
+
+def _probe(run: Prepared, shared: Path) -> float:
+    """Probes what the method divides its budget by, once per seed.
+
+    Returns:
+        CPU seconds that a probe of its own would have taken on top of what was spent here.
+    """
+    units, spent, prober = pipeline.probe_units(run), shared / "cpu_seconds.json", Prober()
+    if not units:
+        return 0.0
+    start = time.process_time()
+    for unit in units:
+        execute(replace(unit, output=shared / unit.output.name), prober.run_one)
+    used = time.process_time() - start
+    if not spent.exists():
+        write_json(spent, used)
+    shutil.copytree(shared, run.folder.probe)
+    return float(json.loads(spent.read_text())) - used
 
 
 class _Here:

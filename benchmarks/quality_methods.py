@@ -23,12 +23,20 @@ class Recipe:
     sections: dict[str, dict[str, Any]] = field(default_factory=dict)
     # Refitted on all observed tokens, not on the sample of the others.
     all_tokens: bool = False
+    # Observed tokens; None: as many as for the others.
+    tokens: int | None = None
 
     @property
     def only_refitted(self) -> bool:
         """Whether there is nothing to measure without a refit."""
         return self.control or "refit" in self.sections
 
+
+# Where the budget is divided, sizes are tried without refit.
+_DIVIDED: dict[str, dict[str, Any]] = {
+    "refit": {"preset": "thorough"},
+    "probe": {"refit": False},
+}
 
 METHODS: dict[str, Recipe] = {
     "coalesce": Recipe({"method": "coalesce"}, published=False),
@@ -37,6 +45,21 @@ METHODS: dict[str, Recipe] = {
         published=False,
         sections={"refit": {"preset": "thorough"}},
         all_tokens=True,
+    ),
+    "coalesce thorough divided": Recipe(
+        {"method": "coalesce", "divide": "probe"},
+        "mapped",
+        published=False,
+        sections=_DIVIDED,
+        all_tokens=True,
+    ),
+    "coalesce thorough divided, more text": Recipe(
+        {"method": "coalesce", "divide": "probe"},
+        "mapped",
+        published=False,
+        sections=_DIVIDED,
+        all_tokens=True,
+        tokens=262_144,
     ),
     "reap": Recipe({"method": "reap"}),
     "frequency": Recipe({"method": "frequency"}),
@@ -75,7 +98,7 @@ class Cell:
     def slug(self) -> str:
         """A file name."""
         words = f"{self.method} {self.keep} {'refit' if self.refit else 'plain'}"
-        return "-".join(words.replace(":", "").split())
+        return "-".join(words.replace(":", "").replace(",", "").split())
 
     @property
     def refit_section(self) -> dict[str, Any]:

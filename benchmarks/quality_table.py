@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.quality_summary import DEFAULT, THOROUGH, Row, best_other, fewer
+from benchmarks.quality_summary import OURS, Row, best_other, fewer
 
 # What stands between these lines of a page comes from the file.
 MARKS = ("<!-- quality: begin -->\n", "<!-- quality: end -->\n")
@@ -21,16 +21,19 @@ def tables(found: Mapping[str, Any]) -> str:
 
 
 def _against_best(rows: Sequence[Row]) -> str:
-    """The default and its preset beside the best published method without our refit."""
+    """The default and what costs more beside the best published method without our refit."""
     lines = []
-    for row in rows:
+    ours = [row for row in rows if row["method"] in OURS and row["refit"]]
+    for row in sorted(ours, key=lambda row: (OURS.index(row["method"]), -row["keep"])):
         other = best_other(rows, row["keep"])
-        if row["method"] in (DEFAULT, THOROUGH) and row["refit"] and other is not None:
+        if other is not None:
             ratio = row["rise"] / other["rise"]
             names = [f"`{other['method']}`", _plus_minus(other), f"{ratio:.3f}"]
-            lines.append([fewer(row["keep"]), f"`{row['method']}`", _plus_minus(row), *names])
-    head = ["fewer expert bytes", "ours", "rise", "best published, no refit", "its rise", "ratio"]
-    return _markdown(head, lines, left=(0, 1, 3))
+            cost = "" if row.get("cpu_seconds") is None else f"{row['cpu_seconds']:.0f}"
+            name = [fewer(row["keep"]), f"`{row['method']}`", row["format"]]
+            lines.append([*name, _plus_minus(row), *names, cost])
+    head = ["fewer expert bytes", "ours", "format", "rise", "best published, no refit"]
+    return _markdown([*head, "its rise", "ratio", "CPU seconds"], lines, left=(0, 1, 2, 4))
 
 
 def _rises(rows: Sequence[Row]) -> str:

@@ -128,7 +128,22 @@ def _refit(run: Prepared) -> int:
     neurons = max(one.neurons for one in each)
     joint = min(moe.num_experts * neurons, config.joint_limit)
     copies = 20 if config.polish.steps else 4  # with their gradients and moments
-    return 28 * tokens * moe.hidden_size + copies * values + 32 * max(joint, neurons) ** 2
+    held = 28 * tokens * moe.hidden_size + copies * values + 32 * max(joint, neurons) ** 2
+    return held + _distributions(run)
+
+
+def _distributions(run: Prepared) -> int:
+    """Where the last layer is polished towards distributions: all outside the layers in float32,
+    one step's distributions with their gradients, and the original stream behind it."""
+    config, moe = run.config.refit, run.moe
+    if not config.polish.steps or config.polish.last_layer != "logits":
+        return 0
+    layer_of = moe.family.layer_of
+    outside = [t for t in moe.checkpoint.tensors.values() if layer_of(t.name) is None]
+    resident = sum(4 * t.meta().numel() for t in outside)
+    vocabulary = int(moe.checkpoint.config["vocab_size"])
+    tokens = samples.sampled_tokens(run.config.calibrate, moe)
+    return resident + 24 * config.polish.batch * vocabulary + 12 * tokens * moe.hidden_size
 
 
 def carry(run: Prepared) -> int:

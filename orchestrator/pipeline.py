@@ -158,7 +158,8 @@ def probe_units(run: Prepared) -> list[probe.ProbeUnit]:
         layouts = file_layouts(moe, decisions, variant.export)
         for unit in transform_units(run, variant, decisions, layouts):
             if unit.layer is not None and unit.decision is not None:
-                sizes.setdefault(unit.layer, []).append(unit)
+                refit = unit.refit if config.probe.refit else without(unit.refit)
+                sizes.setdefault(unit.layer, []).append(replace(unit, refit=refit))
     corpus = samples.observed(run.folder, config.calibrate).calibration_tokens
     return [
         probe.ProbeUnit(
@@ -174,6 +175,11 @@ def probe_units(run: Prepared) -> list[probe.ProbeUnit]:
         )
         for layer, units in sizes.items()
     ]
+
+
+def without(refit: RefitConfig) -> RefitConfig:
+    """The same held-out blocks, and no refit."""
+    return refit.model_copy(update={"enabled": False})
 
 
 def refit_of(run: Prepared, variant: Variant) -> RefitConfig:

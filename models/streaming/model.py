@@ -159,7 +159,18 @@ class StreamedModel:
     @torch.inference_mode()
     def logits(self, hidden: Tensor, **inputs: Any) -> Tensor:
         """[B, S, V]: the model's own final norm and head on what its last layer gave."""
+        return self._headed(hidden, **inputs)
 
+    def head(self, hidden: Tensor) -> Tensor:
+        """[n, V] logits of [n, H] hidden states behind the last layer, each for itself.
+
+        A gradient may pass through; the model's own tensors get none.
+        """
+        self.model.requires_grad_(False)
+        ids = torch.zeros(len(hidden), 1, dtype=torch.int64, device=self.device)
+        return self._headed(hidden[:, None], input_ids=ids)[:, 0]
+
+    def _headed(self, hidden: Tensor, **inputs: Any) -> Tensor:
         def stub(index: int, *args: Any, **kwargs: Any) -> Tensor:
             last = index == len(self.layers) - 1
             return hidden if last else _as_call(args, dict(kwargs)).hidden

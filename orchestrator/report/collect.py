@@ -51,6 +51,8 @@ _REFIT = (
     "error_after",
     "held_out_before",
     "held_out_after",
+    "held_out_kl_before",
+    "held_out_kl_after",
     "condition",
     "tokens_per_unknown",
     "few_tokens",

@@ -38,3 +38,25 @@ def carried(inputs: LayerInputs, parts: Sequence[Path]) -> tuple[LayerInputs, Te
         raise StatisticsError(f"{len(target)} tokens were carried, the sample has {len(inputs)}")
     hidden, ids, gates = (joined[kind] for kind in ("hidden", "ids", "gates"))
     return replace(inputs, hidden=hidden, ids=ids, gates=gates), target
+
+
+def behind(layer: int, parts: Sequence[Path]) -> tuple[Tensor, float] | None:
+    """The original residual stream [N, H] behind the model's last layer at the same tokens, and
+    what that layer multiplies its experts' sum with; None: no such stream was carried.
+
+    Raises:
+        StatisticsError: a part is missing or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    streams, factors = [], []
+    for path in parts:
+        try:
+            with safe_open(path, framework="pt") as handle:
+                if f"{layer}.stream" not in set(handle.keys()):
+                    return None
+                streams.append(handle.get_tensor(f"{layer}.stream"))
+                factors.append(float(handle.get_tensor(f"{layer}.factor")))
+        except (OSError, SafetensorError) as error:
+            raise StatisticsError(f"cannot read carried streams from {path}: {error}") from error
+    return torch.cat(streams), factors[0]

@@ -24,7 +24,7 @@ from stages.export.config import ExportConfig
 from stages.group.decision import LayerDecision
 from stages.unit import Fingerprint, beside
 
-VERSION = 1
+VERSION = 2
 _SUFFIX = ".hidden.tmp"
 
 

@@ -31,6 +31,8 @@ class Found:
     """What the layers of a block are fitted to."""
 
     # `l.hidden` and `l.target` [n, H], `l.gates` [n, k] float32, `l.ids` [n, k] int64 per layer l.
+    # Of the model's last layer, alone in its block: `l.stream` [n, H], the original residual stream
+    # behind it, and `l.factor` [1], what the experts' sum is multiplied with.
     tensors: dict[str, Tensor] = field(default_factory=dict)
     # Layer -> squared size of what the stream behind it is off, and of the original stream.
     drift: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -116,11 +118,12 @@ class Walk:
         probe = self._model.calls(**self._probe())[index]
         name = f"layer {index} of {self._model.config.model_type}"
         scale = self._block.share / factor(layer, moe, probe, name)
-        parts, off, size = [], 0.0, 0.0
+        parts, streams, off, size = [], list[Tensor](), 0.0, 0.0
         for number, rows in enumerate(self._text.rows):
             seen, wanted, had = self._both(layer, moe, index, number)
             missing = wanted - had
             parts.append((seen, seen.made + scale * missing))
+            streams.append(wanted)
             off, size = off + _squared(missing), size + _squared(wanted)
             assert len(seen.hidden) == len(rows)
         kinds = ("hidden", "ids", "gates")
@@ -129,6 +132,9 @@ class Walk:
             for kind in kinds
         }
         found.tensors[f"{index}.target"] = torch.cat([target for _, target in parts])
+        if index == len(self._model.layers) - 1 and self._block.share == 1:
+            found.tensors[f"{index}.stream"] = torch.cat(streams)
+            found.tensors[f"{index}.factor"] = torch.tensor([1 / scale])
         found.drift[str(index)] = off, size
 
     def _both(

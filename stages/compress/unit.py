@@ -17,6 +17,7 @@ from stages.compress.layer import Seen, compress_layer, errors
 from stages.compress.resolve import resolve
 from stages.inputs.read import LayerInputs
 from stages.refit.config import RefitConfig
+from stages.refit.goal import Distributions
 from stages.refit.layer import held_out, target_of
 from stages.refit.usage import usage
 from stages.unit import Fingerprint
@@ -31,6 +32,8 @@ class Sample:
     gates: Tensor  # [N, k]
     # [N, H] what the experts are to add up to; None: what the original ones do on these inputs.
     target: Tensor | None = None
+    # What the model's last layer is polished towards in place of that; None: that.
+    final: Distributions | None = None
 
 
 def decompose(

@@ -22,3 +22,6 @@ class ProbeConfig(Settings):
     tokens: int = Field(default=8192, gt=0)
     # At how many of their positions distributions are compared.
     positions: int = Field(default=2048, gt=0)
+    # Whether a tried size is refitted as the run's layers are. false: narrowed alone, with its rows
+    # solved again on the whole sample; a fraction of the work.
+    refit: bool = True

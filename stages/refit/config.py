@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from stages.settings import Settings
 
-VERSION = 2
+VERSION = 3
 
 
 class PolishConfig(Settings):
     """Gradient steps on one layer's kept experts towards the original layer's outputs.
 
-    They see the layer's sampled inputs alone: no label, no logit, no other layer. Kept only where
+    They see the layer's sampled inputs alone: no label, no weight of another layer. Kept only where
     held-out tokens gain.
     """
 
@@ -26,20 +26,29 @@ class PolishConfig(Settings):
     # Tokens per step.
     batch: int = Field(default=1024, gt=0)
     seed: int = Field(default=0, ge=0)
+    # What the model's last layer is moved towards. outputs: as every layer. logits: the original's
+    # distributions of the next token, through the final norm and the head (target=sequential).
+    last_layer: Literal["outputs", "logits"] = "outputs"
 
 
 # What a preset sets where the config says nothing.
 _PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    "thorough": {"target": "sequential", "held_out": 0.1, "polish": {"steps": 600}},
+    "thorough": {
+        "target": "sequential",
+        "held_out": 0.1,
+        "solved_on": 32.0,
+        "polish": {"steps": 600, "last_layer": "logits"},
+    },
 }
 
 
 class RefitConfig(Settings):
     """Needs the layer-input sample (`calibrate.sample`). Off: reduced experts stay as they are."""
 
-    # thorough: layer after layer towards the original residual stream, 600 polish steps, a tenth of
-    # the sample held out. Several times the work; docs/reduction.md says what it brings.
+    # thorough: layer after layer towards the original residual stream, the last one towards the
+    # original's distributions, 600 polish steps, a tenth of the sample held out. Several times the
+    # work; docs/reduction.md says what it brings.
     preset: Literal["default", "thorough"] = "default"
     # auto: with methods that narrow experts. Baselines are never refitted.
     enabled: bool | Literal["auto"] = "auto"
@@ -57,6 +66,9 @@ class RefitConfig(Settings):
     # Largest number of unknown rows (experts x neurons) that is solved at once; beyond it experts
     # are solved one after another until nothing moves. The Gram matrix takes 8 times its square.
     joint_limit: int = Field(default=8192, ge=0)
+    # Tokens of the sample per unknown row that the closed form is solved on; of more, evenly spread
+    # ones are taken. Gradient steps see all tokens whatever this says. None: all.
+    solved_on: float | None = Field(default=None, gt=0)
     polish: PolishConfig = PolishConfig()
 
     @model_validator(mode="before")
@@ -67,9 +79,19 @@ class RefitConfig(Settings):
             return values
         preset = _PRESETS.get(str(values.get("preset", "default")), {})
         found, polish = preset | dict(values), values.get("polish")
-        if isinstance(polish, Mapping) and "polish" in preset:
-            found["polish"] = preset["polish"] | dict(polish)
+        steps = dict(preset.get("polish", {}))
+        if found.get("target") != "sequential":
+            steps.pop("last_layer", None)
+        if steps and (polish is None or isinstance(polish, Mapping)):
+            found["polish"] = steps | dict(polish or {})
         return found
+
+    @model_validator(mode="after")
+    def _last_layer(self) -> Self:
+        """The original stream behind the last layer is known where it is carried, alone."""
+        if self.polish.last_layer == "logits" and self.target != "sequential":
+            raise ValueError("polish.last_layer=logits needs target=sequential")
+        return self
 
     def applies(self, narrows: bool) -> bool:
         """Whether a method is refitted, which `narrows` experts or does not."""

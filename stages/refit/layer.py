@@ -5,6 +5,7 @@ Needs the layer's original experts, the reduced ones, and the sample: nothing of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,6 +20,7 @@ from stages.inputs.read import LayerInputs
 from stages.narrow.config import NarrowConfig
 from stages.narrow.surgeon import narrow
 from stages.refit.config import PolishConfig, RefitConfig
+from stages.refit.goal import Distributions, Goal, Outputs, average
 from stages.refit.polish import layer_output, polish
 from stages.refit.problem import Problem
 from stages.refit.ridge import gram
@@ -59,6 +61,7 @@ def reduce_experts(
     narrow_config: NarrowConfig,
     refit_config: RefitConfig,
     target: Tensor | None = None,
+    final: Distributions | None = None,
 ) -> Reduction:
     """Narrows `experts` to `width` neurons, then refits their down projections together.
 
@@ -66,6 +69,7 @@ def reduce_experts(
         experts: those that are kept, as merged, in their stored type.
         routing: ids [N, k] among `experts` (negative: gone) and gates [N, k] on the sample.
         target: [N, H] what the experts are to add up to; None: what the original ones do.
+        final: what gradient steps lead to in place of `target`, in the model's last layer.
     """
     act, x = activation(moe.checkpoint.config), inputs.hidden.float()
     use = usage(*routing, len(experts))
@@ -83,13 +87,14 @@ def reduce_experts(
         target = target_of(moe, inputs) if target is None else target.double()
     if target is not None:
         own = target - _biases(wide, use, x)
-        rows = _refit_all(found, rows, own, x, judges, use, act, refit_config)
+        rows = _refit_all(found, rows, own, x, judges, routing, act, refit_config)
     found.experts = [
         replace(each, down=row.T.float().contiguous())
         for each, row in zip(found.experts, rows, strict=True)
     ]
     if target is not None and refit_config.polish.steps:
-        _polish_all(found, target, x, judges, routing, act, refit_config.polish)
+        outputs = Outputs(target.float())
+        _polish_all(found, outputs, final, x, judges, routing, act, refit_config.polish)
     kind = experts[0].down.dtype
     found.experts = [each.map(lambda tensor: tensor.to(kind)) for each in found.experts]
     return found
@@ -144,16 +149,17 @@ def _refit_all(
     target: Tensor,
     x: Tensor,
     judges: Tensor,
-    use: Sequence[Usage],
+    routing: tuple[Tensor, Tensor],
     act: Activation,
     config: RefitConfig,
 ) -> list[Tensor]:
     """The refitted rows, [I', H] fp64 per expert."""
     experts = found.experts
+    some = _spread(len(x), config.solved_on, len(experts) * experts[0].neurons)
     problem = Problem(
-        inputs=x,
-        target=target,
-        use=use,
+        inputs=x[some],
+        target=target[some],
+        use=usage(routing[0][some], routing[1][some], len(experts)),
         activations=lambda index, some: activations(experts[index], some, act),
         neurons=experts[0].neurons,
     )
@@ -161,7 +167,7 @@ def _refit_all(
         problem,
         torch.cat(rows),
         list(config.strengths),
-        judges,
+        judges[some],
         config.joint_limit,
     )
     found.facts |= {
@@ -179,9 +185,17 @@ def _refit_all(
     return [fit.weights[problem.rows(index)] for index in range(len(experts))]
 
 
+def _spread(tokens: int, per_unknown: float | None, unknowns: int) -> slice:
+    """Evenly spread tokens, no more than `per_unknown` for each unknown row; None: all."""
+    if per_unknown is None:
+        return slice(None)
+    return slice(None, None, max(1, math.ceil(tokens / (per_unknown * unknowns))))
+
+
 def _polish_all(
     found: Reduction,
-    target: Tensor,
+    outputs: Outputs,
+    final: Distributions | None,
     x: Tensor,
     judges: Tensor,
     routing: tuple[Tensor, Tensor],
@@ -189,24 +203,26 @@ def _polish_all(
     config: PolishConfig,
 ) -> None:
     """Gradient steps on the tokens that do not judge; undone where those that do gain nothing."""
-    ids, gates = routing
+    (ids, gates), fit = routing, ~judges
+    goal: Goal = outputs if final is None else final
 
-    def error(experts: Sequence[Expert]) -> float:
+    def off(goal: Goal, experts: Sequence[Expert]) -> float:
         made = layer_output(experts, x[judges], ids[judges], gates[judges].float(), act)
-        wanted = target[judges]
-        return float((made - wanted).square().sum() / wanted.square().sum().clamp(min=1e-300))
+        return average(goal.among(judges), made)
 
-    before, fit = error(found.experts), ~judges
+    before = off(goal, found.experts)
     with torch.inference_mode(False), torch.enable_grad():
         # What was made in inference mode takes part in no gradient; copies do.
-        data = [each.clone() for each in (x[fit], ids[fit], gates[fit].float(), target[fit])]
+        inputs, chosen, shares = (each[fit].clone() for each in (x, ids, gates.float()))
         start = [each.map(Tensor.clone) for each in found.experts]
-        tuned = polish(start, data[0], (data[1], data[2]), data[3], act, config)
-    after = error(tuned)
+        tuned = polish(start, inputs, (chosen, shares), goal.among(fit), act, config)
+    after = off(goal, tuned)
     found.facts["polished"] = after < before
+    if final is not None:
+        found.facts |= {"held_out_kl_before": before, "held_out_kl_after": min(after, before)}
     if after < before:
         found.experts = tuned
-        found.facts["held_out_after"] = after
+        found.facts["held_out_after"] = off(outputs, tuned)
 
 
 def _biases(experts: Sequence[Expert], use: Sequence[Usage], x: Tensor) -> Tensor | float:

@@ -1,8 +1,8 @@
 """A few gradient steps on one layer's kept experts, towards what the original layer puts out.
 
 The closed form solves the down projections for given gate and up projections. This moves all three
-together. It sees one layer's inputs and outputs only: no label, no logit, no other layer, so layers
-stay independent jobs.
+together. It sees one layer's inputs and what its outputs are to be (`stages/refit/goal.py`): no
+label and no weight of another layer, so layers stay independent jobs.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from models.expert import Expert
 from models.expert_function import Activation, activations, output
 from stages.refit.config import PolishConfig
+from stages.refit.goal import Goal
 
 # Moments of Adam; the defaults of its authors.
 _BETAS = (0.9, 0.999)
@@ -28,16 +29,16 @@ def polish(
     experts: Sequence[Expert],
     hidden: Tensor,
     routing: tuple[Tensor, Tensor],
-    target: Tensor,
+    goal: Goal,
     act: Activation,
     config: PolishConfig,
 ) -> list[Expert]:
-    """Experts in fp32 after `config.steps` steps of Adam on the mean squared output error.
+    """Experts in fp32 after `config.steps` steps of Adam on what they are off.
 
     Args:
         hidden: [N, H] fp32 inputs.
         routing: ids [N, k] among `experts` (negative: gone) and gates [N, k].
-        target: [N, H] outputs of the original layer.
+        goal: of the same N tokens.
     """
     if not config.steps:
         return list(experts)
@@ -46,12 +47,10 @@ def polish(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda step: 0.5 * (1 + math.cos(math.pi * step / config.steps))
     )
-    goal = target.float()
-    scale = goal.square().mean().clamp(min=1e-30)
     for some in _batches(len(hidden), config):
         ids, gates = (each[some] for each in routing)
         made = stacked_output(Expert(**tuned), hidden[some], ids, gates, act)
-        loss = (made - goal[some]).square().mean() / scale
+        loss = goal.loss(made, some)
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]  # torch does not type it
         optimiser.step()

@@ -44,6 +44,7 @@ from stages.narrow.config import NarrowConfig
 from stages.refit.config import VERSION as REFIT_VERSION
 from stages.refit.config import RefitConfig
 from stages.refit.layer import Reduction, reduce_experts
+from stages.transform.final import last_layer
 from stages.unit import Fingerprint, OneFile
 
 # Tokens on which the known expert function is compared with the family's own.
@@ -302,6 +303,7 @@ def reduce_layer(
         unit.narrow,
         unit.refit,
         sample.target,
+        sample.final,
     )
 
 
@@ -341,21 +343,26 @@ def sampled(
             "set calibrate.sample.tokens, or refit.enabled=false and a method that keeps the width",
         )
     inputs = LayerInputs.read(unit.inputs[0])
-    target = None
+    target, final = None, None
     if unit.carried is not None:
-        inputs, target = carried(inputs, unit.carried[0])
+        parts, polish, folder = unit.carried[0], unit.refit.polish, unit.moe.checkpoint.folder
+        inputs, target = carried(inputs, parts)
+        final = last_layer(polish, folder, decision.layer, parts, target)
     check_function(unit.moe, decision.layer, inputs.hidden[:_COMPARED])
     weights = None if unit.task is None else inputs.weights(dict(unit.task))
     if weights is not None:  # tokens of other domains count nothing
-        target = None if target is None else target[weights > 0]
-        inputs, weights = inputs.only(weights > 0), weights[weights > 0]
+        counts = weights > 0
+        target = None if target is None else target[counts]
+        final = None if final is None else final.among(counts)
+        inputs, weights = inputs.only(counts), weights[counts]
     ids, gates = _routing(unit, decision, merged, routers, inputs)
     if weights is not None:
         # Squares over a token count w times if its gates, here and in the target, are scaled.
         scale = weights.sqrt()[:, None]
         inputs, gates = replace(inputs, gates=inputs.gates * scale), gates * scale
         target = None if target is None else target * scale
-    return Sample(inputs, ids, gates, target)
+        final = None if final is None else final.weighed(weights)
+    return Sample(inputs, ids, gates, target, final)
 
 
 def _routing(

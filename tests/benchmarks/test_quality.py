@@ -14,11 +14,17 @@ import pytest
 import torch
 
 from benchmarks.pages import between
-from benchmarks.quality import RATIOS, claim, only_domain, options_of, setup_of
+from benchmarks.quality import RATIOS, claim, held, only_domain, options_of, plan, setup_of
 from benchmarks.quality_cell import agreement, flops_per_token
 from benchmarks.quality_control import random_expert
 from benchmarks.quality_methods import METHODS, cells
-from benchmarks.quality_summary import DEFAULT, over_best_other, standard_error, summary
+from benchmarks.quality_summary import (
+    DEFAULT,
+    OURS,
+    over_best_other,
+    standard_error,
+    summary,
+)
 from benchmarks.quality_table import MARKS, tables
 from models.expert import Expert
 from models.moe import MoeCheckpoint
@@ -115,6 +121,27 @@ def test_text_that_is_not_there_is_named(tmp_path: Path) -> None:
     calibration = setup_of(options_of([])).calibration
     with pytest.raises(ConfigError, match="'klingon'"):
         only_domain(calibration, "klingon", tmp_path / "one.parquet")
+
+
+def test_methods_with_another_sample_are_observed_apart(tmp_path: Path) -> None:
+    words = ["--only-comparison", "--seeds", "2", "--only", "reap"]
+    words += [name for name in OURS if name != DEFAULT]
+    options = options_of(words)
+    setup = setup_of(options)
+
+    plans = plan(setup, options, tmp_path)
+
+    sizes = {name: (tasks[0].setup.tokens, tasks[0].setup.sample) for name, tasks in plans.items()}
+    assert sizes == {
+        "main": (setup.tokens, setup.sample),
+        "all": (setup.tokens, setup.tokens),
+        "all-262144": (262_144, 262_144),
+    }
+    every = [task for tasks in plans.values() for task in tasks]
+    assert len({task.folder for task in every}) == len(every) == 6
+    measured = [(task.seed, cell) for task in every for cell in task.cells]
+    assert len(set(measured)) == len(measured) == 2 * len(RATIOS) * (2 + len(OURS) - 1)
+    assert held(every[0]) == {"original": None, "cells": []}
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import pytest
 
 from models.arrow import read_table
 from orchestrator.load import load
+from orchestrator.pipeline import probe_units
 from orchestrator.preflight import prepare
 from orchestrator.run import run
 from stages.group.decision import from_table
+from stages.probe.config import ProbeConfig
 from tests.orchestrator.tiny_run import INTERMEDIATE, LAYERS, Command, Inputs, snapshot
 
 
@@ -53,6 +56,15 @@ def test_the_budget_is_used_up_and_the_output_opens(
         rows = read_table(inputs.run_dir / "probe" / files[layer]).to_pylist()
         assert [row["width"] for row in rows] == [4, 8, 12]
         assert rows[0]["kl"] > rows[2]["kl"] > 0 and rows[0]["positions"] == 64
+    # Sizes that are tried without refit hold out the same text.
+    job = prepare(load(str(recipe)).config)
+    bare = job.config.model_copy(update={"probe": ProbeConfig(ratios=(0.5,), refit=False)})
+    tried, plain = (
+        [size.refit for unit in probe_units(each) for size in unit.sizes]
+        for each in (job, replace(job, config=bare))
+    )
+    assert all(each.enabled is True for each in tried) and len(plain) == LAYERS
+    assert all(not each.enabled and each.held_out == tried[0].held_out for each in plain)
     # A run that is repeated, and one that was interrupted before it decided, end the same.
     before = snapshot(inputs.run_dir / "output")
     for part in ("decision.arrow", "decision.arrow.json"):

@@ -13,6 +13,7 @@ def test_thorough_means_layer_after_layer_and_more_steps() -> None:
 
     assert (plain.target, plain.polish.steps) == ("original", 150)
     assert (thorough.target, thorough.polish.steps) == ("sequential", 600)
+    assert (plain.polish.last_layer, thorough.polish.last_layer) == ("outputs", "logits")
     assert thorough.together == 1
     assert thorough.held_out < plain.held_out
     assert thorough.polish.batch == plain.polish.batch
@@ -24,6 +25,7 @@ def test_what_is_written_counts_before_the_preset() -> None:
     )
 
     assert found.target == "blockwise"
+    assert found.polish.last_layer == "outputs"  # what that target can do
     assert (found.polish.steps, found.polish.rate) == (7, 0.1)
     given = RefitConfig(preset="thorough", polish=PolishConfig(rate=0.1))
     assert (given.target, given.polish.steps) == ("sequential", 150)
@@ -38,3 +40,12 @@ def test_a_dumped_section_is_read_back_unchanged() -> None:
 def test_an_unknown_preset_is_refused() -> None:
     with pytest.raises(ValidationError, match=r"thorough"):
         RefitConfig.model_validate({"preset": "slow"})
+
+
+def test_the_last_layer_needs_its_stream() -> None:
+    with pytest.raises(ValidationError, match="needs target=sequential"):
+        RefitConfig.model_validate({"polish": {"last_layer": "logits"}})
+    with pytest.raises(ValidationError, match="needs target=sequential"):
+        RefitConfig.model_validate(
+            {"preset": "thorough", "target": "blockwise", "polish": {"last_layer": "logits"}}
+        )

@@ -211,3 +211,25 @@ def test_gradient_steps_are_kept_where_held_out_tokens_gain(moe: MoeCheckpoint) 
 def _gate(expert: Expert) -> Tensor:
     assert expert.gate is not None
     return expert.gate
+
+
+def test_the_closed_form_is_solved_on_as_many_tokens_as_are_asked_for(moe: MoeCheckpoint) -> None:
+    """Every third of 600 tokens: what comes out is what a sample of these alone gives."""
+    inputs, experts = sample(), experts_of(moe)
+    damaged = [replace(each, down=each.down.roll(1, 0)) for each in experts]
+    unknowns = len(experts) * experts[0].neurons
+    third = inputs.only(torch.arange(TOKENS) % 3 == 0)
+
+    few = ON.model_copy(update={"solved_on": 200 / unknowns})
+    found = reduced(moe, inputs, damaged, inputs.ids, refit=few)
+    plenty = reduced(
+        moe, inputs, damaged, inputs.ids, refit=ON.model_copy(update={"solved_on": 1e6})
+    )
+
+    assert found.facts["tokens_per_unknown"] == pytest.approx(200 / unknowns)
+    alone = reduced(moe, third, damaged, third.ids, refit=ON)
+    everything = reduced(moe, inputs, damaged, inputs.ids, refit=ON)
+    for mine, same in zip(found.experts, alone.experts, strict=True):
+        torch.testing.assert_close(mine.down, same.down)
+    for mine, same in zip(plenty.experts, everything.experts, strict=True):
+        assert mine.down.equal(same.down)

@@ -11,6 +11,7 @@ from torch import Tensor
 from models.expert import Expert
 from models.expert_function import activation
 from stages.refit.config import PolishConfig
+from stages.refit.goal import Outputs
 from stages.refit.polish import layer_output, polish, stacked_output
 from tests.tiny import apply, random_expert
 
@@ -84,7 +85,12 @@ def test_steps_come_nearer_to_the_target() -> None:
     damaged = [replace(each, up=0.7 * each.up, down=each.down.roll(1, 0)) for each in experts]
 
     errors = [
-        error(polish(damaged, x, routing, goal, SILU, PolishConfig(steps=n)), x, routing, goal)
+        error(
+            polish(damaged, x, routing, Outputs(goal), SILU, PolishConfig(steps=n)),
+            x,
+            routing,
+            goal,
+        )
         for n in (0, 50, 400)
     ]
 
@@ -98,7 +104,7 @@ def test_the_same_seed_gives_the_same_bytes() -> None:
     goal = x.roll(1, 0)
 
     runs = [
-        polish(experts, x, routing, goal, SILU, PolishConfig(steps=20, seed=seed))
+        polish(experts, x, routing, Outputs(goal), SILU, PolishConfig(steps=20, seed=seed))
         for seed in (0, 0, 1)
     ]
 
@@ -110,7 +116,7 @@ def test_what_was_given_is_not_changed() -> None:
     experts, x, routing = layer()
     before = [each.down.clone() for each in experts]
 
-    polish(experts, x, routing, x.roll(1, 0), SILU, PolishConfig(steps=3))
+    polish(experts, x, routing, Outputs(x.roll(1, 0)), SILU, PolishConfig(steps=3))
 
     assert all(each.down.equal(old) for each, old in zip(experts, before, strict=True))
 
