@@ -198,7 +198,7 @@ def main() -> None:
     given = parser.parse_args()
     changes = {"steps": given.steps, "tokens": given.tokens}
     if given.quick:
-        changes = {"steps": 4, "tokens": 20_480}
+        changes = {"steps": 4, "tokens": 20_480, "sample": 2048}
     changes = {name: value for name, value in changes.items() if value is not None}
     chosen = {name: replace(CASES[name], **changes) for name in given.case or CASES}
     rows = [measure(given.work, name, case, given.seed) for name, case in chosen.items()]

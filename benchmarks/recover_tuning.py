@@ -49,7 +49,9 @@ TRIALS = (
     ("half of the experts", 4e-4, 10.0),
     ("half of the experts", 2e-4, 30.0),
     ("half of the experts", 8e-4, 30.0),
+    ("a fifth of the expert bytes", 1e-3, 10.0),
     ("a fifth of the expert bytes", 1e-3, 30.0),
+    ("a fifth of the expert bytes", 2e-3, 30.0),
 )
 
 
