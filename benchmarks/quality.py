@@ -211,6 +211,8 @@ def collect(
     }
     if "all" in plans:
         found["setup_all_tokens"] = plans["all"][0].setup.settings()
+    for name in (each for each in plans if each.startswith("all-")):
+        found[f"setup_{name}"] = plans[name][0].setup.settings()
     if "domain" in plans:
         found["calibration_tokens"] = [
             {"tokens": tokens, "rows": rows(f"tokens-{tokens}")} for tokens in TOKENS
