@@ -13,7 +13,11 @@ Row = dict[str, Any]
 DEFAULT = "coalesce"
 THOROUGH = "coalesce thorough"
 # Ours, from the cheapest to the best.
-OURS = (DEFAULT, THOROUGH, f"{THOROUGH} divided", f"{THOROUGH} divided, more text")
+OURS = (
+    DEFAULT,
+    THOROUGH,
+    *(f"{THOROUGH} divided{text}" for text in ("", ", more text", ", most text")),
+)
 
 
 def rises(original: Mapping[str, Any], cell: Mapping[str, Any]) -> dict[str, float]:
