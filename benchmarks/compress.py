@@ -53,6 +53,7 @@ TRAINED: dict[str, tuple[dict[str, Any] | None, bool]] = {
     "the same, S chosen by sensitivity while recovered": (SIZE | CHOSEN, True),
 }
 SIZES = {"quarter": (1024, 3584), "sixteenth": (256, 896)}
+TURNS = 5
 SEED = 0
 
 
@@ -130,27 +131,24 @@ def kept(work: Path, name: str, make: Callable[[], Any]) -> Any:
     return json.loads(path.read_text())
 
 
-def speed(name: str, repeats: int) -> dict[str, Any]:
+def speed(name: str) -> dict[str, Any]:
     """Rows per model of one width, and the figures that compare them."""
     with tempfile.TemporaryDirectory() as root:
-        rows, figures = measure(Path(root), CompressConfig(**SIZE), *SIZES[name], repeats, 512)
-    return {"rows": rows, "figures": figures, "width": SIZES[name], "repeats": repeats}
+        rows, figures = measure(Path(root), CompressConfig(**SIZE), *SIZES[name], TURNS, 512)
+    return {"rows": rows, "figures": figures, "width": SIZES[name], "turns": TURNS}
 
 
 def results(work: Path, steps: int, quick: bool) -> dict[str, Any]:
     """Everything that is measured."""
     work.mkdir(parents=True, exist_ok=True)
     sizes = ["sixteenth"] if quick else list(SIZES)
-    repeats = 5 if quick else 9
     rows = [quality(work, name, steps, quick) for name in QUALITY | TRAINED]
     found: dict[str, Any] = {
         "seed": SEED,
         "versions": versions(),
         "recovery": recovery(steps),
         "quality": rows,
-        "speed": {
-            n: kept(work, f"speed-{n}-{repeats}", lambda n=n: speed(n, repeats)) for n in sizes
-        },
+        "speed": {n: kept(work, f"speed-{n}", lambda n=n: speed(n)) for n in sizes},
     }
     if not quick:
         found["svd"] = kept(work, "svd", lambda: decompositions(*SIZES["quarter"]))

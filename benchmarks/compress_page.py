@@ -81,7 +81,7 @@ def speed(sizes: dict[str, dict[str, Any]]) -> str:
         f" model prefill is {wide['prefill_over_merged']:.2f} times and decoding"
         f" {wide['decode_over_merged']:.2f} times as fast;\nat width"
         f" {sizes['sixteenth']['width'][0]} it is {narrow['prefill_over_merged']:.2f} and"
-        f" {narrow['decode_over_merged']:.2f} times. Medians of {sizes['quarter']['repeats']}"
+        f" {narrow['decode_over_merged']:.2f} times. Medians of {sizes['quarter']['turns']}"
         " turns."
     )
     return "\n".join(lines)

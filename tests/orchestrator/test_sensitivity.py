@@ -44,12 +44,14 @@ def held(inputs: Inputs) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("threshold", ["layer", "global"])
 def test_a_run_ends_with_the_rows_that_training_chose(
     inputs: Inputs, coalesce: Command, threshold: str
 ) -> None:
     measured = threshold == "layer"
-    changes = {"compress": COMPRESS | {"threshold": threshold}, "recover": RECOVER | {"alpha": 0}}
+    section = COMPRESS | {"threshold": threshold, "axis": "rows" if measured else "columns"}
+    changes = {"compress": section, "recover": RECOVER | {"alpha": 0}}
     more = {"evaluate__baselines": []} if measured else {"evaluate": None}
     made = recipe(inputs, **SMALL | changes | more)
     planned = coalesce("plan", made)
@@ -104,7 +106,7 @@ def assert_stored_whole(folder: Path, factors: dict[str, dict[str, list[int]]]) 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_killed_in_training_it_ends_in_the_bytes_of_an_undisturbed_run(inputs: Inputs) -> None:
     training = RECOVER | {"steps": STEPS, "checkpoint_every": 10, "alpha": 0}
     changes = SMALL | {"recover": training, "evaluate": None}
