@@ -24,14 +24,13 @@ from benchmarks.pages import between
 from models.atomic import write_json
 from orchestrator.run_folder import versions
 
-MARKS = ("<!-- recover memory: begin -->\n", "\n<!-- recover memory: end -->")
+MARKS = ("<!-- recover memory: begin -->\n", "<!-- recover memory: end -->\n")
 HERE = Path(__file__).resolve().parents[1]
 RANKS, VOCABULARY, SEED = 2, 1024, 0
 CASES: dict[str, dict[str, Any]] = {
     "ZeRO 3, fp32": {"zero_stage": 3},
     "ZeRO 2, bf16": {"zero_stage": 2, "bf16": True},
     "ZeRO 1, fp32": {"zero_stage": 1},
-    "ZeRO 3, bf16": {"zero_stage": 3, "bf16": True},
 }
 
 

@@ -199,14 +199,14 @@ def recover(run: Prepared) -> int:
     layouts = expected_layouts(run.variants[0], run.moe)
     values = sum(each.parameters for each in layouts)
     largest = max(each.parameters for each in layouts)
-    held = _held_by_rank(config, values, _trained_values(run, config.mode), largest)
+    held = held_by_rank(config, values, _trained_values(run, config.mode), largest)
     return PROCESS_BYTES + held + 12 * logits
 
 
-def _held_by_rank(config: RecoverConfig, values: int, trained: int, largest: int) -> int:
+def held_by_rank(config: RecoverConfig, values: int, trained: int, largest: int) -> int:
     """Bytes of a rank: values as the model runs with them; values that are updated, gradients and
     moments in fp32; and a few layers, on their way from file to file, gathered, or in buckets."""
-    passing = 24 * largest
+    passing = 32 * largest
     if not config.dealt_out:
         return 4 * values + 12 * trained + passing
     section, ranks = config.deepspeed or DeepSpeedConfig(), config.ranks
