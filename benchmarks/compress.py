@@ -18,6 +18,7 @@ import json
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -148,12 +149,12 @@ def results(work: Path, steps: int, quick: bool) -> dict[str, Any]:
         "versions": versions(),
         "recovery": recovery(steps),
         "quality": rows,
-        "speed": {n: kept(work, f"speed-{n}", lambda n=n: speed(n)) for n in sizes},
+        "speed": {n: kept(work, f"speed-{n}", partial(speed, n)) for n in sizes},
     }
     if not quick:
         found["svd"] = kept(work, "svd", lambda: decompositions(*SIZES["quarter"]))
         plans = ("switch-base-32", "mixtral-8x7b")
-        found["plans"] = {n: kept(work, f"plan-{n}", lambda n=n: planned(n)) for n in plans}
+        found["plans"] = {n: kept(work, f"plan-{n}", partial(planned, n)) for n in plans}
     return found
 
 
@@ -161,7 +162,8 @@ def figures(found: dict[str, Any]) -> dict[str, float]:
     """The line for programs."""
     over = {row["variant"]: row["perplexity_over_original"] for row in found["quality"]}
     small = [over[name] for name, (section, _) in QUALITY.items() if section is not None]
-    return next(iter(found["speed"].values()))["figures"] | {
+    fast: dict[str, float] = next(iter(found["speed"].values()))["figures"]
+    return fast | {
         "perplexity_over_original_no_recovery": min(small),
         "perplexity_over_original_recovered": over["the same, recovered"],
     }

@@ -150,7 +150,7 @@ def measure(work: Path, name: str, case: Case, seed: int) -> dict[str, Any]:
 
 def distilled(course: Path) -> float:
     """Mean KL to the original on what was trained on; at T 1 comparable to that on test text."""
-    last = [line["distillation"] for line in read_course(course)[-LAST:]]
+    last: list[float] = [line["distillation"] for line in read_course(course)[-LAST:]]
     return sum(last) / len(last)
 
 
@@ -207,8 +207,8 @@ def main() -> None:
         write_json(given.out, results)
     if given.page is not None:
         given.page.write_text(between(given.page.read_text(), MARKS, page_table(results)))
-    names = ("case", "expert_bytes", "pruned_over_original", "before_over_original")
-    names += ("after_over_original", "target")
+    over = ("pruned_over_original", "before_over_original", "after_over_original")
+    names = ("case", "expert_bytes", *over, "target")
     show("recover", [{name: row[name] for name in names} for row in rows])
 
 

@@ -78,7 +78,7 @@ def main() -> None:
         begin(loop, *given)
         opened.append(peak.bytes)
 
-    Loop.__init__ = begun  # type: ignore[method-assign]  # both versions have it
+    Loop.__init__ = begun  # type: ignore[method-assign, assignment]  # both versions have it
     run_train(unit, Ranks(group))
     found = {"open_bytes": opened[0] - idle, "peak_bytes": peak.stop() - idle}
     path.with_name(f"rank-{rank}.json").write_text(json.dumps(found))

@@ -221,16 +221,16 @@ def recover(run: Prepared) -> int:
     values = sum(each.parameters for each in layouts)
     largest = max(each.parameters for each in layouts)
     trained = _trained_values(run, config.mode)
-    held = _held_by_rank(config, values, trained, largest)
+    held = held_by_rank(config, values, trained, largest)
     # Whole gradients and values of S, of a matrix at a time and what they come to.
     pruned = 0 if run.config.pruning is None else 4 * trained
     return PROCESS_BYTES + held + pruned + 12 * logits
 
 
-def _held_by_rank(config: RecoverConfig, values: int, trained: int, largest: int) -> int:
+def held_by_rank(config: RecoverConfig, values: int, trained: int, largest: int) -> int:
     """Bytes of a rank: values as the model runs with them; values that are updated, gradients and
     moments in fp32; and a few layers, on their way from file to file, gathered, or in buckets."""
-    passing = 24 * largest
+    passing = 32 * largest
     if not config.dealt_out:
         return 4 * values + 12 * trained + passing
     section, ranks = config.deepspeed or DeepSpeedConfig(), config.ranks

@@ -44,6 +44,10 @@ class Zero:
         self._clip = _NO_CLIP if config.clip is None else config.clip
         self._trained = dict(trained)
         clip = 0.0 if self._stage == 0 else self._clip
+        if self._stage == 3:
+            # Where no input of a module has a gradient, as behind frozen embeddings, DeepSpeed
+            # would take its values away before its backward pass.
+            model.enable_input_require_grads()
         self._engine, _, _, _ = deepspeed.initialize(
             model=model,
             optimizer=adamw(trained, config),
