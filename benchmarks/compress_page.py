@@ -68,13 +68,15 @@ def speed(sizes: dict[str, dict[str, Any]]) -> str:
     """The wider model in full, and how the narrower one compares."""
     rows = {row["model"]: row for row in sizes["quarter"]["rows"]}
     lines = ["| | " + " | ".join(TITLES.values()) + " |", "|---|---:|---:|---:|"]
-    for title, key, form in (
-        ("expert bytes in memory", "expert_bytes", lambda v: f"{v / 1e6:.0f} MB"),
-        ("GFLOPs for 512 tokens", "gflops", lambda v: f"{v:.1f}"),
-        ("prefill, tokens/s", "prefill_tokens_s", lambda v: f"{v:.0f}"),
-        ("decode at batch 4, tokens/s", "decode_tokens_s", lambda v: f"{v:.1f}"),
+    for title, key, form, unit in (
+        ("expert bytes in memory", "expert_bytes", ".0f", 1e6),
+        ("GFLOPs for 512 tokens", "gflops", ".1f", 1),
+        ("prefill, tokens/s", "prefill_tokens_s", ".0f", 1),
+        ("decode at batch 4, tokens/s", "decode_tokens_s", ".1f", 1),
     ):
-        lines.append(f"| {title} | " + " | ".join(form(rows[n][key]) for n in TITLES) + " |")
+        behind = " MB" if unit > 1 else ""
+        shown = (f"{rows[name][key] / unit:{form}}{behind}" for name in TITLES)
+        lines.append(f"| {title} | " + " | ".join(shown) + " |")
     wide, narrow = (sizes[name]["figures"] for name in ("quarter", "sixteenth"))
     lines.append(
         f"\nFiles are {wide['bytes_over_arithmetic']:.5f} of the arithmetic. Against the merged"

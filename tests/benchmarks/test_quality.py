@@ -136,6 +136,7 @@ def test_methods_with_another_sample_are_observed_apart(tmp_path: Path) -> None:
         "main": (setup.tokens, setup.sample),
         "all": (setup.tokens, setup.tokens),
         "all-262144": (262_144, 262_144),
+        "all-524288": (524_288, 524_288),
     }
     every = [task for tasks in plans.values() for task in tasks]
     assert len({task.folder for task in every}) == len(every) == 6
