@@ -74,8 +74,22 @@ class Prepared:
 
 
 def prepare(config: RunConfig) -> Prepared:
-    """Opens the model, looks at data, budget, statistics and disk; writes nothing, or, where
-    inputs are URLs, what it looks at into `fetched/` of the run folder.
+    """Opens the model, looks at data, budget, statistics, disk and memory; writes nothing, or,
+    where inputs are URLs, what it looks at into `fetched/` of the run folder.
+
+    Raises:
+        UserError: with cause, numbers and remedy.
+    """
+    # What is written depends on the engine, which is chosen for a prepared run.
+    from orchestrator.machine import check_machine
+
+    prepared = described(config)
+    check_machine(prepared)
+    return prepared
+
+
+def described(config: RunConfig) -> Prepared:
+    """What `prepare` finds, whatever machine this is.
 
     Raises:
         UserError: with cause, numbers and remedy.
@@ -108,7 +122,7 @@ def prepare(config: RunConfig) -> Prepared:
     if not any((tokenizer / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise DataError(f"{tokenizer} holds no tokenizer", "set `model.tokenizer`")
     check_tokenizer(tokenizer, moe.checkpoint.config)
-    prepared = Prepared(
+    return Prepared(
         config=config,
         folder=folder,
         moe=moe,
@@ -120,13 +134,6 @@ def prepare(config: RunConfig) -> Prepared:
         evaluation_domains=len(evaluation_domains),
         notes=_notes(moe, copied),
     )
-    # What is written depends on the engine, which is chosen for a prepared run.
-    from orchestrator.disk import check_disk
-    from orchestrator.training_memory import check_training_memory
-
-    check_disk(prepared)
-    check_training_memory(prepared)
-    return prepared
 
 
 def _check_recovery(config: RunConfig, moe: MoeCheckpoint, folder: RunFolder) -> None:

@@ -9,9 +9,11 @@ from tempfile import TemporaryDirectory
 
 from rich.console import Console
 
+from models.errors import UserError
 from orchestrator.config import RunConfig
+from orchestrator.machine import check_machine
 from orchestrator.plan import table
-from orchestrator.preflight import prepare
+from orchestrator.preflight import described, prepare
 from orchestrator.remote import resolve_model
 
 
@@ -21,7 +23,12 @@ def plan_command(config: RunConfig, console: Console, *, config_only: bool) -> N
         console.print(table(prepare(config)))
         return
     with standing_in(config) as imagined:
-        console.print(table(prepare(imagined)))
+        found = described(imagined)
+        console.print(table(found))
+        try:
+            check_machine(found)
+        except UserError as lacking:  # it is not where the run has to be
+            console.print(f"Not on this machine: {lacking}")
     console.print(
         "From config.json alone: sizes are exact, nothing else was checked of the weights."
     )

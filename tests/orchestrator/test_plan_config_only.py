@@ -47,6 +47,18 @@ def test_mixtral_8x7b_is_planned_without_its_weights(
     assert set(snapshot(inputs.root)) - set(before) <= {"recipe.yaml"}
 
 
+def test_a_machine_without_the_room_still_plans(
+    coalesce: Command, inputs: Inputs, mixtral: Path
+) -> None:
+    """1,024 shards of 2,048 tokens, whose hidden states no disk here holds."""
+    changes = {"model__path": str(mixtral), "model__tokenizer": str(inputs.model)}
+    recipe = inputs.recipe(**changes, model__verify="headers", calibrate__engine="streaming")
+    outcome = coalesce("plan", recipe, "--config-only", "calibrate.data.tokens=100000000000")
+    assert outcome.code == 0, outcome.err
+    assert "Not on this machine: " in outcome.out
+    assert "are free" in " ".join(outcome.out.split())
+
+
 def test_of_a_model_that_is_there_it_promises_the_same(coalesce: Command, inputs: Inputs) -> None:
     config = load(str(inputs.recipe())).config
     with standing_in(config) as imagined:
