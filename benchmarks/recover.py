@@ -63,7 +63,7 @@ def short(sections: dict[str, Any], target: float) -> Case:
 
 def long(sections: dict[str, Any], target: float) -> Case:
     """Ten to twenty minutes of one core."""
-    return Case(sections, target, OBSERVED, 850, 1_500_000, {"preset": "long"})
+    return Case(sections, target, OBSERVED, 1600, 1_500_000, {"preset": "long"})
 
 
 CASES = {
