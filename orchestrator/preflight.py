@@ -29,6 +29,7 @@ from orchestrator.compression import check_compression
 from orchestrator.config import RunConfig
 from orchestrator.errors import ConfigError
 from orchestrator.needs import check_needs
+from orchestrator.notes import notes
 from orchestrator.recoverable import check_recovery
 from orchestrator.remote import model_folder
 from orchestrator.run_folder import MAIN, RunFolder
@@ -42,7 +43,7 @@ from stages.export.layout import FileLayout, file_layouts, placeholder, router_g
 from stages.group.budget import adaptive, total_experts, uniform
 from stages.group.config import METHODS, AnyMethod, Budget, Coalesce, Frequency, McSmoe, Reap
 from stages.group.decision import LayerDecision, from_labels
-from stages.group.width import kept_steps, kept_width, spread
+from stages.group.width import check_kernels, kept_steps, kept_width, spread
 from stages.unit import beside
 from stages.verify.stage import identity
 
@@ -132,7 +133,7 @@ def described(config: RunConfig) -> Prepared:
         resumes=resumes,
         calibration_domains=len(calibration_domains),
         evaluation_domains=len(evaluation_domains),
-        notes=_notes(moe, copied),
+        notes=notes(moe, copied, found),
     )
 
 
@@ -150,18 +151,6 @@ def not_streamed(moe: MoeCheckpoint) -> str | None:
     if moe.quantised:
         return "its weights are quantised, and only the whole model is decoded"
     return reasons(moe.family).get("streaming")
-
-
-def _notes(moe: MoeCheckpoint, copied: set[str]) -> tuple[str, ...]:
-    found = []
-    if copied:
-        found.append(
-            f"{len(copied)} tensors are copied as they are, first {min(copied)}: the model does not"
-            " load them (layers that predict further tokens), and nothing in them is merged"
-        )
-    if moe.quantised:
-        found.append("the weights were decoded; the output is not quantised")
-    return tuple(found)
 
 
 def _check_engine(config: RunConfig, moe: MoeCheckpoint) -> None:
@@ -235,6 +224,8 @@ def narrowed(moe: MoeCheckpoint, method: Coalesce, export: ExportConfig) -> list
     width = kept_width(method.budget, moe.num_experts, found, method.multiple)
     layers = len(moe.layers)
     widths = [width] * layers
+    if export.format == "native":
+        check_kernels(width)
     if method.uneven:
         _refuse_native(f"group.divide={method.divide}", "uniform", "width", export)
         total = kept_steps(method.budget, moe.num_experts, found, method.multiple, layers)

@@ -8,6 +8,9 @@ from fractions import Fraction
 from stages.errors import BudgetError
 from stages.group.config import Budget
 
+# Neurons whose rows are 16 bytes, which torch's grouped products want: in float32, and in 16 bits.
+ALIGNED, HALF_ALIGNED = 4, 8
+
 
 @dataclass(frozen=True)
 class Widths:
@@ -37,6 +40,20 @@ def kept_width(budget: Budget, num_experts: int, widths: Widths, multiple: int) 
             "raise the budget, or lower group.multiple",
         )
     return width
+
+
+def check_kernels(width: int) -> None:
+    """Refuses a width at which a native checkpoint opens and computes nothing, in any type.
+
+    Raises:
+        BudgetError: it is no multiple of 4.
+    """
+    if width % ALIGNED:
+        raise BudgetError(
+            f"experts of {width} neurons: transformers' default kernels want rows of 16 bytes,"
+            f" a multiple of {ALIGNED} neurons in float32 and of {HALF_ALIGNED} in bfloat16",
+            f"set group.multiple={HALF_ALIGNED}",
+        )
 
 
 def kept_steps(budget: Budget, num_experts: int, widths: Widths, multiple: int, layers: int) -> int:
