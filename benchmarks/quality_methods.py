@@ -32,43 +32,29 @@ class Recipe:
         return self.control or "refit" in self.sections
 
 
-# Where the budget is divided, sizes are tried without refit.
-_DIVIDED: dict[str, dict[str, Any]] = {
-    "refit": {"preset": "thorough"},
-    "probe": {"refit": False},
-}
+def _thorough(*, divided: bool, tokens: int | None = None) -> Recipe:
+    """Ours behind `refit.preset: thorough`; where the budget is divided, sizes are tried without
+    a refit."""
+    group = {"method": "coalesce"} | ({"divide": "probe"} if divided else {})
+    sections: dict[str, dict[str, Any]] = {"refit": {"preset": "thorough"}}
+    if divided:
+        sections["probe"] = {"refit": False}
+    return Recipe(
+        group,
+        "mapped" if divided else "native",
+        published=False,
+        sections=sections,
+        all_tokens=True,
+        tokens=tokens,
+    )
+
 
 METHODS: dict[str, Recipe] = {
     "coalesce": Recipe({"method": "coalesce"}, published=False),
-    "coalesce thorough": Recipe(
-        {"method": "coalesce"},
-        published=False,
-        sections={"refit": {"preset": "thorough"}},
-        all_tokens=True,
-    ),
-    "coalesce thorough divided": Recipe(
-        {"method": "coalesce", "divide": "probe"},
-        "mapped",
-        published=False,
-        sections=_DIVIDED,
-        all_tokens=True,
-    ),
-    "coalesce thorough divided, more text": Recipe(
-        {"method": "coalesce", "divide": "probe"},
-        "mapped",
-        published=False,
-        sections=_DIVIDED,
-        all_tokens=True,
-        tokens=262_144,
-    ),
-    "coalesce thorough divided, most text": Recipe(
-        {"method": "coalesce", "divide": "probe"},
-        "mapped",
-        published=False,
-        sections=_DIVIDED,
-        all_tokens=True,
-        tokens=524_288,
-    ),
+    "coalesce thorough": _thorough(divided=False),
+    "coalesce thorough divided": _thorough(divided=True),
+    "coalesce thorough divided, more text": _thorough(divided=True, tokens=262_144),
+    "coalesce thorough divided, most text": _thorough(divided=True, tokens=524_288),
     "reap": Recipe({"method": "reap"}),
     "frequency": Recipe({"method": "frequency"}),
     "ean": Recipe({"method": "ean"}),

@@ -45,7 +45,7 @@ def main() -> None:
     """`JOB RANK PORT`: the job is a JSON file; the result lies beside it."""
     import deepspeed  # noqa: F401  # not counted, like all that is imported
     import torch
-    from transformers import MixtralForCausalLM  # noqa: F401
+    from transformers import MixtralForCausalLM  # noqa: F401  # the same
 
     from cluster.expert_parallel import Place, join
     from stages.recover.config import RecoverConfig

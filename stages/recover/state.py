@@ -50,6 +50,7 @@ class State:
         from safetensors import safe_open
 
         with safe_open(self.path, framework="pt") as handle:
+            # A safetensors handle cannot be iterated itself.
             keys = [key for key in handle.keys() if key.startswith(f"{_MORE}/")]  # noqa: SIM118
         return {key.removeprefix(f"{_MORE}/"): self._tensor(key) for key in keys}
 

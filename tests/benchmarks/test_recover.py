@@ -40,3 +40,13 @@ def test_the_page_shows_what_the_files_of_results_hold() -> None:
     tuning = json.loads(RESULTS.with_name("recover_tuning.json").read_text())
     assert recover_tuning.page_table(tuning) in page
     assert [(row["case"], row["rate"], row["alpha"]) for row in tuning["rows"]] == list(TRIALS)
+
+
+def test_the_readme_says_of_recovery_what_the_file_says() -> None:
+    rows = {row["case"]: row for row in json.loads(RESULTS.read_text())["rows"]}
+    row = rows["half of the experts"]
+    names = ("after_over_original", "before_over_original", "pruned_over_original")
+    after, before, pruned = (100 * (row[name] - 1) for name in names)
+    readme = " ".join((RESULTS.parents[2] / "README.md").read_text().split())
+    assert f"ends {after:.1f} % above its perplexity, {before:.1f} % before recovery" in readme
+    assert f"pruned without recovery {pruned:.0f} %" in readme
