@@ -30,6 +30,11 @@ from tests.cluster.slurm_lab.lab import (
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(2400)]
 STORE = "tests.cluster.slurm_lab.store"
+# Ray takes a worker that stands still for dead after half a minute, and the units of a run that is
+# asked to stop are then at an end by themselves; with these it waits.
+PATIENT = dict.fromkeys(
+    ("RAY_grpc_keepalive_timeout_ms", "RAY_grpc_client_keepalive_timeout_ms"), "3600000"
+)
 SECRETS = ("HF_TOKEN", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 
 
@@ -181,7 +186,7 @@ def test_a_job_at_its_time_limit_ends_hung_units_and_starts_again_beside_one_tha
 ) -> None:
     """While the first waits for its limit, the second waits for a node that does not join."""
     run_dir, lonely = tmp_path / "run", tmp_path / "lonely"
-    job = lab.submit(run_dir, "slurm.time='60'", "slurm.lead_seconds=20")
+    job = lab.submit(run_dir, "slurm.time='60'", "slurm.lead_seconds=20", **PATIENT)
     hold(lab, run_dir)
     # However slow the machine: the limit comes half a minute to one and a half from now.
     limit = (lab.seconds(job) + 30) // 60 + 1
@@ -189,7 +194,6 @@ def test_a_job_at_its_time_limit_ends_hung_units_and_starts_again_beside_one_tha
     lonely.mkdir()
     lab.on("n2", "mount", "-t", "tmpfs", "tmpfs", lonely)
     other = lab.submit(lonely, "slurm.join_seconds=40", "slurm.fruitless_starts=1")
-    # Ray takes a worker that stands still for dead after half a minute, and makes another.
     until(
         lambda: lab.signal_workers(signal.SIGSTOP) == 0 and lab.state(job).startswith("PENDING 1 "),
         "the job has requeued itself",

@@ -81,8 +81,12 @@ class Lab:
         assert found, done.stdout
         return found[1]
 
-    def submit(self, run_dir: Path, *overrides: str) -> str:
-        """The same by what that command calls, in this process, which has imported all of it."""
+    def submit(self, run_dir: Path, *overrides: str, **environment: str) -> str:
+        """The same by what that command calls, in this process, which has imported all of it.
+
+        Args:
+            environment: more variables, which the job inherits.
+        """
         from orchestrator.load import load
         from orchestrator.preflight import prepare
         from orchestrator.slurm.submit import plan
@@ -92,6 +96,8 @@ class Lab:
             patch.setenv("PYTHONPATH", str(REPOSITORY))
             patch.setenv("OMP_NUM_THREADS", "1")
             patch.setenv("PATH", f"{self.folder / 'bin'}{os.pathsep}{os.environ['PATH']}")
+            for name, value in environment.items():
+                patch.setenv(name, value)
             config = load("quickstart", [f"run_dir={run_dir}", *SMALL, *JOB, *overrides]).config
             submission = plan(config)
             prepare(config)
