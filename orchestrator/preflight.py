@@ -225,7 +225,7 @@ def narrowed(moe: MoeCheckpoint, method: Coalesce, export: ExportConfig) -> list
     layers = len(moe.layers)
     widths = [width] * layers
     if export.format == "native":
-        check_kernels(width)
+        check_kernels(width, halves=moe.meta_expert(moe.layers[0]).down.element_size() < 4)
     if method.uneven:
         _refuse_native(f"group.divide={method.divide}", "uniform", "width", export)
         total = kept_steps(method.budget, moe.num_experts, found, method.multiple, layers)

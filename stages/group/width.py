@@ -42,13 +42,16 @@ def kept_width(budget: Budget, num_experts: int, widths: Widths, multiple: int) 
     return width
 
 
-def check_kernels(width: int) -> None:
-    """Refuses a width at which a native checkpoint opens and computes nothing, in any type.
+def check_kernels(width: int, halves: bool) -> None:
+    """Refuses a width at which a native checkpoint opens and computes nothing in its own type.
+
+    Args:
+        halves: whether it is stored in 16 bits.
 
     Raises:
-        BudgetError: it is no multiple of 4.
+        BudgetError: it is no multiple of 4, or of 8 in 16 bits.
     """
-    if width % ALIGNED:
+    if width % (HALF_ALIGNED if halves else ALIGNED):
         raise BudgetError(
             f"experts of {width} neurons: transformers' default kernels want rows of 16 bytes,"
             f" a multiple of {ALIGNED} neurons in float32 and of {HALF_ALIGNED} in bfloat16",

@@ -49,6 +49,14 @@ def test_a_width_that_runs_nowhere_is_refused_before_anything_is_done(inputs: In
     assert not inputs.run_dir.exists()
 
 
+def test_one_that_does_not_run_in_the_stored_type_is_refused_as_well(inputs: Inputs) -> None:
+    model = MixtralForCausalLM.from_pretrained(inputs.model, dtype=torch.bfloat16)
+    model.save_pretrained(inputs.model)
+    with pytest.raises(BudgetError, match="experts of 12 neurons"):
+        planned(inputs, 0.75)
+    assert planned(inputs, 0.75, "mapped") == planned(inputs, 0.5) == ()
+
+
 def test_one_that_runs_in_float32_alone_is_noted(inputs: Inputs) -> None:
     assert "experts of 12 neurons" in " ".join(planned(inputs, 0.75))
     assert planned(inputs, 0.5) == planned(inputs, 0.75, "mapped") == ()
