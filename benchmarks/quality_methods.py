@@ -32,11 +32,17 @@ class Recipe:
         return self.control or "refit" in self.sections
 
 
-def _thorough(*, divided: bool, tokens: int | None = None) -> Recipe:
+def _thorough(*, divided: bool, tokens: int | None = None, steps: int | None = None) -> Recipe:
     """Ours behind `refit.preset: thorough`; where the budget is divided, sizes are tried without
-    a refit."""
+    a refit.
+
+    Args:
+        steps: of polishing, instead of the preset's.
+    """
     group = {"method": "coalesce"} | ({"divide": "probe"} if divided else {})
     sections: dict[str, dict[str, Any]] = {"refit": {"preset": "thorough"}}
+    if steps is not None:
+        sections["refit"]["polish"] = {"steps": steps}
     if divided:
         sections["probe"] = {"refit": False}
     return Recipe(
@@ -55,6 +61,9 @@ METHODS: dict[str, Recipe] = {
     "coalesce thorough divided": _thorough(divided=True),
     "coalesce thorough divided, more text": _thorough(divided=True, tokens=262_144),
     "coalesce thorough divided, most text": _thorough(divided=True, tokens=524_288),
+    "coalesce thorough divided, most text, more steps": _thorough(
+        divided=True, tokens=524_288, steps=1500
+    ),
     "reap": Recipe({"method": "reap"}),
     "frequency": Recipe({"method": "frequency"}),
     "ean": Recipe({"method": "ean"}),

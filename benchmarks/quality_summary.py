@@ -13,11 +13,8 @@ Row = dict[str, Any]
 DEFAULT = "coalesce"
 THOROUGH = "coalesce thorough"
 # Ours, from the cheapest to the best.
-OURS = (
-    DEFAULT,
-    THOROUGH,
-    *(f"{THOROUGH} divided{text}" for text in ("", ", more text", ", most text")),
-)
+_TEXTS = ("", ", more text", ", most text", ", most text, more steps")
+OURS = (DEFAULT, THOROUGH, *(f"{THOROUGH} divided{text}" for text in _TEXTS))
 
 
 def rises(original: Mapping[str, Any], cell: Mapping[str, Any]) -> dict[str, float]:

@@ -116,6 +116,9 @@ class RecoverConfig(Settings):
     batch: int = Field(default=16, gt=0)
     # Blocks that pass the model at once, on one rank.
     micro_batch: int = Field(default=8, gt=0)
+    # Whether layers keep what enters them alone, and pass again for their gradients: less memory, a
+    # third more work. auto: with zero_stage 3, where a pass would keep all gathered layers.
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
     seed: int = Field(default=0, ge=0)
     # Weight of the distillation; 0: no teacher is asked.
     alpha: float = Field(default=1.0, ge=0)
@@ -145,11 +148,23 @@ class RecoverConfig(Settings):
     def arithmetic(self) -> dict[str, Any]:
         """What decides the result up to rounding: not ranks, passes, states, nor where it runs."""
         free: dict[str, Any] = {"ranks": True, "micro_batch": True, "checkpoint_every": True}
-        free |= {"deepspeed": True, "teacher": {"engine"}}
+        free |= {"deepspeed": True, "teacher": {"engine"}, "gradient_checkpointing": True}
         if self.prune is None:
             free["prune"] = True  # as in trainings that know no such section
         values: dict[str, Any] = self.model_dump(mode="json", exclude=free)
         return values | {"bf16": self.deepspeed is not None and self.deepspeed.bf16}
+
+    @property
+    def zero_stage(self) -> int | None:
+        """How values are dealt out; None: they are not."""
+        section = self.deepspeed or (DeepSpeedConfig() if self.ranks > 1 else None)
+        return None if section is None else section.zero_stage
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether layers pass again for their gradients."""
+        asked = self.gradient_checkpointing
+        return self.zero_stage == 3 if asked == "auto" else asked
 
     @property
     def dealt_out(self) -> bool:

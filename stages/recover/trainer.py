@@ -31,6 +31,7 @@ from stages.recover.progress import Course
 from stages.recover.pruning import Pruning
 from stages.recover.ranks import Ranks
 from stages.recover.rate import rate_at
+from stages.recover.recompute import recompute
 from stages.recover.state import KINDS, Kind, Named, State, newest, save
 from stages.recover.taught import Taught
 from stages.recover.text import Text
@@ -117,6 +118,7 @@ class Loop:
         self._text = Text(training.corpus)
         self._taught = Taught(training.taught) if training.taught else None
         self.model = open_student(training.student, config, ranks, needs_code=training.needs_code)
+        recompute(self.model, config, ranks)
         self._trained = trained_parameters(self.model, config)
         self._pruning = make_pruning(training, self._trained)
         self.optimiser: Optimiser = make_optimiser(self.model, self._trained, training, ranks)

@@ -161,6 +161,12 @@ class TransformUnit(OneFile):
         return fingerprint(config, digest, self.refit)
 
     @property
+    def _refit(self) -> Fingerprint:
+        """How it is refitted says nothing of what is not."""
+        on = self.refit.enabled is True
+        return self.refit.model_dump(mode="json") if on else {"enabled": False}
+
+    @property
     def _reduction(self) -> Fingerprint:
         """What a narrowed or refitted layer depends on beside the rest."""
         if not self.needs_inputs or self.decision is None:
@@ -170,7 +176,7 @@ class TransformUnit(OneFile):
                 "code": f"narrow-{NARROW_VERSION} refit-{REFIT_VERSION}",
                 "width": self.decision.width,
                 "narrow": self.narrow.model_dump(mode="json"),
-                "refit": self.refit.model_dump(mode="json"),
+                "refit": self._refit,
                 "inputs": None if self.inputs is None else self.inputs[1],
                 "carried": None if self.carried is None else self.carried[1],
                 "task": None if self.task is None else dict(self.task),
