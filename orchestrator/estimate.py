@@ -241,7 +241,7 @@ def held_by_rank(config: RecoverConfig, values: int, trained: int, largest: int)
     if section.zero_stage == 3:
         # A pass keeps what it has gathered until its gradients are made, unless layers pass again.
         kept = 0 if config.recomputes else width * values
-        return -(-width * values // ranks) + shared + 2 * passing + kept
+        return -(-width * values // ranks) + shared + passing + kept
     # Flattened beside the values while they are wrapped; gradients of a whole pass later.
     return width * (values + trained) + shared + passing
 

@@ -20,6 +20,10 @@ def test_the_page_holds_exactly_what_the_file_says() -> None:
 
 
 def test_every_case_needs_less_than_before_and_stage_3_least_in_fp32() -> None:
-    assert all(PEAK["now", case] < PEAK["before", case] for case in CASES)
-    assert PEAK["now", "ZeRO 3, fp32"] < 0.65 * PEAK["before", "ZeRO 3, fp32"]
+    before = [case for case in CASES if ("before", case) in PEAK]
+    assert len(before) == 3
+    assert all(PEAK["now", case] < PEAK["before", case] for case in before)
+    assert PEAK["now", "ZeRO 3, fp32"] < 0.5 * PEAK["before", "ZeRO 3, fp32"]
+    kept = PEAK["now", "ZeRO 3, no layer passing twice"]
+    assert PEAK["now", "ZeRO 3, fp32"] < kept - 0.5 * FOUND["checkpoint_bytes"]
     assert PEAK["now", "ZeRO 3, fp32"] < PEAK["now", "ZeRO 1, fp32"]

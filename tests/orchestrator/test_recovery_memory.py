@@ -36,7 +36,7 @@ def test_more_ranks_need_less_each(inputs: Inputs) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_plan_is_a_close_upper_bound_of_what_was_measured(case: str) -> None:
-    config = RecoverConfig(mode="full", batch=2, ranks=FOUND["ranks"], deepspeed=CASES[case])
+    config = RecoverConfig(mode="full", batch=2, ranks=FOUND["ranks"], **CASES[case])
     values = FOUND["checkpoint_bytes"] // 4
     # Ten layers, and little beside them.
     planned = estimate.held_by_rank(config, values, values, values // 10)
