@@ -12,8 +12,8 @@ from models.errors import CheckpointError
 from models.mapped.registration import register
 from stages.compress.config import CompressConfig
 from stages.recover.opened import open_student
-from stages.recover.trainer import ALONE, Loop
 from stages.recover.recompute import recompute
+from stages.recover.trainer import ALONE, Loop
 from stages.recover.trainer import train as train_alone
 from tests.stages.recover.small import Small, config, make, write_text
 from tests.stages.recover.test_formats import student
