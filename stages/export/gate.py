@@ -100,6 +100,10 @@ def _expanded_difference(mapped: Any, base_config: dict[str, Any]) -> float:
             state[part] = state[part][slots]
     fields = {key: value for key, value in base_config.items() if key != "model_type"}
     plain = family(plain_config(**fields)).float()
+    if (
+        getattr(mapped.config, "_experts_implementation", None) == "eager"
+    ):  # narrow rows suit no other
+        plain.set_experts_implementation("eager")
     plain.load_state_dict(state)
     return float((_logits(plain.eval()) - _logits(mapped.float())).abs().max())
 
