@@ -31,7 +31,7 @@ from benchmarks.quality_summary import (
     over_best_other,
     summary,
 )
-from benchmarks.quality_table import MARKS, tables
+from benchmarks.quality_table import marks, tables
 from models.atomic import write_json
 from orchestrator.errors import ConfigError
 from orchestrator.run_folder import versions
@@ -264,7 +264,8 @@ def main() -> None:
     """Prints all rows; the last line is JSON. With --table: tables of a file, nothing is run."""
     options = options_of()
     if options.table:
-        show_or_put(tables(json.loads(options.table.read_text())), options.page, MARKS)
+        kept = json.loads(options.table.read_text())
+        show_or_put(tables(kept), options.page, marks(kept))
         return
     setup = setup_of(options)
     with tempfile.TemporaryDirectory() as scratch:

@@ -7,14 +7,22 @@ from typing import Any
 
 from benchmarks.quality_summary import OURS, Row, best_other, fewer
 
-# What stands between these lines of a page comes from the file.
-MARKS = ("<!-- quality: begin -->\n", "<!-- quality: end -->\n")
+# The name of the bundled model's folder, of which a page shows everything.
+BUNDLED = "model"
+
+
+def marks(found: Mapping[str, Any]) -> tuple[str, str]:
+    """What stands between these lines of a page comes from the file."""
+    model = found["setup"]["model"]
+    name = "quality" if model == BUNDLED else f"quality of {model}"
+    return f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->\n"
 
 
 def tables(found: Mapping[str, Any]) -> str:
-    """All tables in Markdown, separated by blank lines."""
+    """All tables in Markdown, separated by blank lines; of another model the first two."""
     rows = found["rows"]
-    parts = [_against_best(rows), _rises(rows), _details(found, 0.5)]
+    parts = [_against_best(rows), _rises(rows)]
+    parts += [_details(found, 0.5)] if found["setup"]["model"] == BUNDLED else []
     parts += [tokens_table(found["calibration_tokens"])] if found.get("calibration_tokens") else []
     parts += [one_domain_table(found)] if found.get("one_domain") else []
     return "\n\n".join(parts) + "\n"
