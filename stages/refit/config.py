@@ -67,7 +67,8 @@ class RefitConfig(Settings):
     # are solved one after another until nothing moves. The Gram matrix takes 8 times its square.
     joint_limit: int = Field(default=8192, ge=0)
     # Tokens of the sample per unknown row that the closed form is solved on; of more, evenly spread
-    # ones are taken. Gradient steps see all tokens whatever this says. None: all.
+    # ones are taken. Gradient steps, and second factors of U V + S, see all tokens whatever this
+    # says. None: all.
     solved_on: float | None = Field(default=None, gt=0)
     polish: PolishConfig = PolishConfig()
 
