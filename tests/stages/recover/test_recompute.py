@@ -9,14 +9,12 @@ import pytest
 import torch
 
 from models.errors import CheckpointError
-from models.mapped.registration import register
-from stages.compress.config import CompressConfig
 from stages.recover.opened import open_student
 from stages.recover.recompute import recompute
 from stages.recover.trainer import ALONE, Loop
 from stages.recover.trainer import train as train_alone
-from tests.stages.recover.small import Small, config, make, write_text
-from tests.stages.recover.test_formats import student
+from tests.stages.recover.small import config, make
+from tests.stages.recover.test_dealt_out import reduced
 from tests.stages.recover.test_seq2seq import made
 from tests.stages.recover.test_zero import TOLERANCE, compare, describe, on_ranks
 from tests.tiny import tiny_model
@@ -72,18 +70,6 @@ def test_dealt_out_layers_pass_twice_as_well(tmp_path: Path, mode: str) -> None:
     describe(small, tmp_path / "kept", **changes, gradient_checkpointing=False)
     for name, value in on_ranks(tmp_path / "kept")[0]["values"].items():
         assert torch.allclose(value, alone.values[name], **TOLERANCE), name
-
-
-def reduced(folder: Path) -> Small:
-    """U V + S."""
-    folder.mkdir()
-    compress = CompressConfig(rank=4, sparse=0.25, multiple=1)
-    made = student(folder, "mixtral", format="mapped", compress=compress)
-    made.rename(folder / "student")
-    small = Small(folder)
-    write_text(small.corpus)
-    register()
-    return small
 
 
 def test_a_family_that_cannot_is_refused_where_it_was_asked_for(tmp_path: Path) -> None:
