@@ -35,9 +35,11 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 FOUND: dict[str, Any] = json.loads((REPOSITORY / "docs/results/quality.json").read_text())
 
 
-def test_the_docs_hold_exactly_the_tables_of_the_file() -> None:
+@pytest.mark.parametrize("name", ["quality", "quality_16e"])
+def test_the_docs_hold_exactly_the_tables_of_the_file(name: str) -> None:
     page = (REPOSITORY / "docs" / "methods.md").read_text()
-    assert between(page, marks(FOUND), tables(FOUND)) == page
+    found = json.loads((REPOSITORY / "docs" / "results" / f"{name}.json").read_text())
+    assert between(page, marks(found), tables(found)) == page
 
 
 def test_the_file_holds_the_default_and_every_published_method_at_every_ratio() -> None:
