@@ -17,7 +17,7 @@ from orchestrator.commands.plan import standing_in
 from orchestrator.flops import attention, parameters, per_token
 from orchestrator.load import load
 from orchestrator.plan import summary
-from orchestrator.preflight import Prepared, expected_decisions, expected_layouts, prepare
+from orchestrator.preflight import Prepared, described, expected_decisions, expected_layouts
 from stages.compress.config import CompressConfig
 from stages.export.layout import placeholder
 from stages.group.decision import LayerDecision
@@ -52,7 +52,7 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Plan
             config = absolute(load(f"examples/plans/{name}.yaml").config)
             folder = tmp_path_factory.mktemp(name)
             config = config.model_copy(update={"run_dir": folder / "run"})
-            run = prepare(stack.enter_context(standing_in(config)))
+            run = described(stack.enter_context(standing_in(config)))
             found[name] = Planned(run, expected_decisions(run.variants[0], run.moe))
         yield found
 
