@@ -14,6 +14,7 @@ from orchestrator.run import run
 from tests.orchestrator.tiny_run import Inputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
 @pytest.mark.parametrize("target", ["original", "sequential"])
 def test_layers_of_five_neurons_are_refitted_opened_and_run(
