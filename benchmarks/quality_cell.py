@@ -26,6 +26,7 @@ from orchestrator.needs import attached
 from orchestrator.preflight import Prepared, Variant, prepare
 from orchestrator.run import observe
 from orchestrator.run_folder import MAIN, RunFolder
+from orchestrator.sizing import sized
 from stages.calibrate.statistics import read_statistics
 from stages.corpus.stage import block_domains, read_domain
 from stages.evaluate import stage as evaluate
@@ -55,6 +56,7 @@ class Setup:
     tokens: int = 81_920  # observed
     sample: int = 4096  # of them, inputs that are kept: the default of calibrate.sample.tokens
     statistics: bool = True  # whether all experts run on the sample
+    statistics_tokens: int = 32_768  # on so many of it at most
     evaluated: int = 10_240
     positions: int = 512  # per domain, at which KL is measured
     prompts: int = 4  # per domain
@@ -136,6 +138,7 @@ def _config(setup: Setup, seed: int, folder: Path) -> dict[str, Any]:
                 "tokens": setup.sample,
                 "seed": seed,
                 "statistics": setup.statistics,
+                "statistics_tokens": setup.statistics_tokens,
             },
         },
         "evaluate": {
@@ -159,6 +162,7 @@ def _build(observed: Observed, cell: Cell, folder: Path) -> dict[str, Any]:
         "run_dir": folder,
     }
     config = validate(base.config.model_dump(mode="json") | update)
+    config = sized(config, base.moe, base.folder, None).config
     variant = Variant(MAIN, config.group, ExportConfig.model_validate({"format": recipe.format}))
     run = replace(base, config=config, folder=RunFolder(folder), variants=(variant,))
     probe_seconds = _probe(run, base.folder.root.parent / "probe")

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from stages.calibrate.config import OBSERVED
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -25,6 +27,8 @@ class Recipe:
     all_tokens: bool = False
     # Observed tokens; None: as many as for the others.
     tokens: int | None = None
+    # With `all_tokens`: whether all experts run on all of them.
+    statistics: bool = False
 
     @property
     def only_refitted(self) -> bool:
@@ -32,37 +36,44 @@ class Recipe:
         return self.control or "refit" in self.sections
 
 
-def _thorough(*, divided: bool, tokens: int | None = None, steps: int | None = None) -> Recipe:
-    """Ours behind `refit.preset: thorough`; where the budget is divided, sizes are tried without
-    a refit.
+# Those that come nearest to the default; they are also given its text.
+RIVALS: dict[str, dict[str, Any]] = {
+    "naee": {"method": "naee"},
+    "reap": {"method": "reap"},
+    "ean": {"method": "ean"},
+    "ream": {"method": "ream"},
+    "mc_smoe global": {"method": "mc_smoe", "scope": "global"},
+}
 
-    Args:
-        steps: of polishing, instead of the preset's.
-    """
-    group = {"method": "coalesce"} | ({"divide": "probe"} if divided else {})
-    sections: dict[str, dict[str, Any]] = {"refit": {"preset": "thorough"}}
-    if steps is not None:
-        sections["refit"]["polish"] = {"steps": steps}
-    if divided:
-        sections["probe"] = {"refit": False}
-    return Recipe(
-        group,
-        "mapped" if divided else "native",
-        published=False,
-        sections=sections,
-        all_tokens=True,
-        tokens=tokens,
-    )
+
+def _with_text(method: str) -> Recipe:
+    """Somebody else's method on all the text of the default, which it also samples."""
+    form = "mapped" if method in ("ream", "mc_smoe global") else "native"
+    return Recipe(RIVALS[method], form, all_tokens=True, tokens=OBSERVED, statistics=True)
 
 
 METHODS: dict[str, Recipe] = {
-    "coalesce": Recipe({"method": "coalesce"}, published=False),
-    "coalesce thorough": _thorough(divided=False),
-    "coalesce thorough divided": _thorough(divided=True),
-    "coalesce thorough divided, more text": _thorough(divided=True, tokens=262_144),
-    "coalesce thorough divided, most text": _thorough(divided=True, tokens=524_288),
-    "coalesce thorough divided, most text, more steps": _thorough(
-        divided=True, tokens=524_288, steps=1500
+    # What a small model gets: refitted layer after layer on all that is observed by default.
+    "coalesce": Recipe({"method": "coalesce"}, published=False, all_tokens=True, tokens=OBSERVED),
+    # The same with widths that are divided between the layers.
+    "coalesce divided": Recipe(
+        {"method": "coalesce", "divide": "probe"},
+        "mapped",
+        published=False,
+        sections={"refit": {}, "probe": {"refit": False}},
+        all_tokens=True,
+        tokens=OBSERVED,
+    ),
+    # What a large model gets: every layer for itself, on a sample of the text of the others.
+    "coalesce parallel": Recipe(
+        {"method": "coalesce"}, published=False, sections={"refit": {"preset": "parallel"}}
+    ),
+    # Layer after layer on the text of the others, all of it, with fewer steps.
+    "coalesce less text": Recipe(
+        {"method": "coalesce"},
+        published=False,
+        sections={"refit": {"preset": "thorough", "polish": {"steps": 600}}},
+        all_tokens=True,
     ),
     "reap": Recipe({"method": "reap"}),
     "frequency": Recipe({"method": "frequency"}),
@@ -76,6 +87,7 @@ METHODS: dict[str, Recipe] = {
     "hc_smoe": Recipe({"method": "hc_smoe"}, "mapped"),
     "ream": Recipe({"method": "ream"}, "mapped"),
     "merge_moe": Recipe({"method": "merge_moe"}, "mapped"),
+    **{f"{method} more text": _with_text(method) for method in RIVALS},
     "mixed": Recipe({"method": "mixed"}, published=False),
     "mc_smoe neurons": Recipe(
         {"method": "mc_smoe"}, "mapped", published=False, sections={"merge": {"by": "neurons"}}

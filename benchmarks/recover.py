@@ -31,20 +31,23 @@ BUNDLED = Path(__file__).resolve().parents[1] / "examples" / "bundled"
 MARKS = ("<!-- recovery: begin -->\n", "<!-- recovery: end -->\n")
 MERGED: dict[str, Any] = {
     "group": {"method": "mc_smoe", "budget": {"keep_ratio": 0.5}},
-    "refit": {"enabled": True, "polish": {"steps": 0}},
+    "refit": {"enabled": True, "preset": "parallel", "polish": {"steps": 0}},
     "export": {"format": "mapped"},
 }
-NARROWED: dict[str, Any] = {"group": {"method": "coalesce", "budget": {"keep_ratio": 0.5}}}
+NARROWED: dict[str, Any] = {
+    "group": {"method": "coalesce", "budget": {"keep_ratio": 0.5}},
+    "refit": {"preset": "parallel"},
+}
 SMALL = {"ratio": 0.25, "sparse": 0.15, "importance": "activations", "whiten": True}
 BY_NEURONS: dict[str, Any] = MERGED | {
     "merge": {"by": "neurons"},
-    "refit": {"enabled": True, "preset": "thorough"},
+    "refit": {"enabled": True, "preset": "thorough", "polish": {"steps": 600}},
 }
 # No more bytes than U V + S on half of the experts.
 FIFTH: dict[str, Any] = {
     "group": {"method": "coalesce", "budget": {"keep_ratio": 0.2084}, "divide": "probe"},
     "probe": {"refit": False},
-    "refit": {"preset": "thorough"},
+    "refit": {"preset": "thorough", "polish": {"steps": 600}},
     "export": {"format": "mapped"},
 }
 OBSERVED = 81_920  # tokens

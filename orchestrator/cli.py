@@ -203,13 +203,12 @@ def submit_slurm(config: Recipe, overrides: Overrides = None, dry_run: DryRun = 
 @app.command("show-config")
 def show_config(config: Recipe, overrides: Overrides = None) -> None:
     """Print the resolved config with the source of every value."""
-    from orchestrator.load import flatten
+    from orchestrator.load import listed
 
-    loaded = _load(config, overrides)
-    values = flatten(loaded.config.model_dump(mode="json"))
-    width = max(map(len, values))
-    for key, value in values.items():
-        typer.echo(f"{key:<{width}}  {value!s:<40}  # {loaded.sources[key]}")
+    found = list(listed(_load(config, overrides)))
+    width = max(len(key) for key, _, _ in found)
+    for key, value, source in found:
+        typer.echo(f"{key:<{width}}  {value!s:<40}  # {source}")
 
 
 @app.command("ls")

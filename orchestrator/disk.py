@@ -109,7 +109,7 @@ def carried_bytes(run: Prepared) -> int:
         return 0
     # Inputs and targets in float32; ids of eight bytes, gates of four.
     config = run.config.calibrate
-    tokens = min(config.sample.tokens, config.data.tokens)
+    tokens = min(config.sample.count, config.data.tokens)
     targets = tokens * (8 * moe.hidden_size + 12 * moe.top_k)
     layers = min(2 * refit.together, len(moe.layers))
     return 5 * estimate.stream_bytes(run) + layers * targets

@@ -20,6 +20,7 @@ from orchestrator.config import RunConfig
 from orchestrator.errors import ConfigError
 from orchestrator.places import check_places
 from stages.group.config import METHODS
+from stages.refit.config import PRESETS
 
 COMMAND_LINE = "command line"
 
@@ -50,6 +51,26 @@ def load(name: str, overrides: Sequence[str] = ()) -> Loaded:
     check_places(config)
     resolved = flatten(config.model_dump(mode="json"))
     return Loaded(config, {key: _source(key, origin) for key in resolved})
+
+
+def listed(loaded: Loaded) -> Iterator[tuple[str, object, str]]:
+    """Every key of a config, its value and where that comes from.
+
+    What differs between the presets that the size of the model decides between has no value yet.
+    """
+    given, refit = loaded.config.model_dump(mode="json"), loaded.config.refit
+    one, other = (
+        flatten(given | {"refit": refit.as_preset(name).model_dump(mode="json")})
+        for name in PRESETS
+    )
+    known = flatten(given)
+    for key in one:
+        if key in known:
+            yield key, known[key], loaded.sources[key]
+        elif one[key] == other[key]:
+            yield key, one[key], "default"
+        else:
+            yield key, f"{one[key]} | {other[key]}", "by refit.preset=auto: parallel | thorough"
 
 
 def validate(values: Mapping[str, Any]) -> RunConfig:

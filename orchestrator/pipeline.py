@@ -30,7 +30,7 @@ from stages.export.stage import ExportUnit
 from stages.group.decision import LayerDecision
 from stages.inputs import stage as inputs
 from stages.probe import stage as probe
-from stages.refit.config import RefitConfig
+from stages.refit.config import PolishConfig, RefitConfig
 from stages.settings import Settings
 from stages.subsample import stage as subsample
 from stages.transform import stage as transform
@@ -105,6 +105,7 @@ def subsample_units(
         model=run.model,
         threads=run.config.executor.threads_per_unit,
         folder=run.folder.subsample,
+        most=run.config.calibrate.sample.statistics_tokens,
     )
 
 
@@ -158,7 +159,7 @@ def probe_units(run: Prepared) -> list[probe.ProbeUnit]:
         layouts = file_layouts(moe, decisions, variant.export)
         for unit in transform_units(run, variant, decisions, layouts):
             if unit.layer is not None and unit.decision is not None:
-                refit = unit.refit if config.probe.refit else without(unit.refit)
+                refit = alone(unit.refit) if config.probe.refit else without(unit.refit)
                 sizes.setdefault(unit.layer, []).append(replace(unit, refit=refit))
     corpus = samples.observed(run.folder, config.calibrate).calibration_tokens
     return [
@@ -175,6 +176,15 @@ def probe_units(run: Prepared) -> list[probe.ProbeUnit]:
         )
         for layer, units in sizes.items()
     ]
+
+
+def alone(refit: RefitConfig) -> RefitConfig:
+    """As one layer is refitted for itself: a probe reduces no other, and there are many."""
+    if refit.together is None:
+        return refit
+    steps = min(refit.polish.steps, PolishConfig().steps)
+    polish = refit.polish.model_copy(update={"steps": steps, "last_layer": "outputs"})
+    return refit.model_copy(update={"target": "original", "polish": polish})
 
 
 def without(refit: RefitConfig) -> RefitConfig:

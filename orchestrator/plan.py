@@ -71,6 +71,8 @@ def summary(run: Prepared) -> str:
                 f"; hidden states of {disk.shards_at_once(run)} shards at a time take up to"
                 f" {human(hidden)} of disk"
             )
+    if run.config.refit.applies(run.variants[0].method.narrows):
+        text += f"\nrefit: {run.sizing}"
     for stage, choice in _by_layers(run):
         text += f"\n{stage}: {choice.engine} engine: {choice.why}"
     if lacking := disk.cache_bytes(run):

@@ -33,6 +33,7 @@ from orchestrator.notes import notes
 from orchestrator.recoverable import check_recovery
 from orchestrator.remote import model_folder
 from orchestrator.run_folder import MAIN, RunFolder
+from orchestrator.sizing import sized
 from stages.calibrate.statistics import layers_of, metadata_of, read_statistics
 from stages.corpus.config import CorpusConfig
 from stages.corpus.read import check_source
@@ -72,6 +73,8 @@ class Prepared:
     evaluation_domains: int
     # What the reader of the report should know about this checkpoint.
     notes: tuple[str, ...] = ()
+    # How thorough the refit is, and why.
+    sizing: str = ""
 
 
 def prepare(config: RunConfig) -> Prepared:
@@ -98,6 +101,8 @@ def described(config: RunConfig) -> Prepared:
     folder = RunFolder(config.run_dir.absolute())
     moe = MoeCheckpoint.open(model_folder(config, folder), allow_links=config.model.allow_links)
     copied = check_dense_tensors(moe)
+    sizing = sized(config, moe, folder, _cannot_carry(config, moe, folder))
+    config = sizing.config
     check_ranks(config.executor.ranks_per_replica, moe)
     _check_engine(config, moe)
     evaluate = config.evaluate
@@ -134,7 +139,17 @@ def described(config: RunConfig) -> Prepared:
         calibration_domains=len(calibration_domains),
         evaluation_domains=len(evaluation_domains),
         notes=notes(moe, copied, found),
+        sizing=sizing.why,
     )
+
+
+def _cannot_carry(config: RunConfig, moe: MoeCheckpoint, folder: RunFolder) -> str | None:
+    """Why no layer can be refitted behind reduced ones; None: it can. See `check_target`."""
+    reason = not_streamed(moe) or moe.family.behind_experts(moe.checkpoint.config)
+    corpus = samples.observed(folder, config.calibrate).calibration_tokens
+    if reason is None and config.calibrate.statistics is not None and not beside(corpus).exists():
+        return f"there is no {corpus}"
+    return reason
 
 
 def _check_recovery(config: RunConfig, moe: MoeCheckpoint, folder: RunFolder) -> None:

@@ -34,12 +34,27 @@ def settled_sample(config: CalibrateConfig, moe: MoeCheckpoint) -> SampleConfig:
 
 def sampled_tokens(config: CalibrateConfig, moe: MoeCheckpoint) -> int:
     """N; 0 when nothing is sampled."""
-    return min(settled_sample(config, moe).tokens, config.data.tokens)
+    return min(settled_sample(config, moe).count, config.data.tokens)
+
+
+def available_tokens(folder: RunFolder, config: CalibrateConfig, moe: MoeCheckpoint) -> int:
+    """N of this run, or of the run whose statistics are used."""
+    if config.statistics is None:
+        return sampled_tokens(config, moe)
+    found = _complete(observed(folder, config).inputs, inputs.file_name, moe)
+    return inputs.tokens_in(found[moe.layers[0]]) if found else 0
+
+
+def evaluated_tokens(config: CalibrateConfig, moe: MoeCheckpoint) -> int:
+    """Those of them that all experts run on; 0 when they run on none."""
+    if not config.sample.statistics:
+        return 0
+    return min(sampled_tokens(config, moe), config.sample.statistics_tokens)
 
 
 def evaluated(config: CalibrateConfig, moe: MoeCheckpoint) -> bool:
     """Whether all experts run on the sample."""
-    return config.sample.statistics and sampled_tokens(config, moe) > 0
+    return evaluated_tokens(config, moe) > 0
 
 
 def layer_bytes(config: CalibrateConfig, moe: MoeCheckpoint) -> int:
@@ -64,13 +79,13 @@ def disk_bytes(config: CalibrateConfig, moe: MoeCheckpoint, domains: int) -> int
 
 def scratch_bytes(config: CalibrateConfig, moe: MoeCheckpoint) -> int:
     """Outputs of all experts of a layer on disk while one worker adds them up."""
-    size = outputs_bytes(sampled_tokens(config, moe), moe.num_experts, _hidden(moe))
+    size = outputs_bytes(evaluated_tokens(config, moe), moe.num_experts, _hidden(moe))
     return size if evaluated(config, moe) and size > HELD_BYTES else 0
 
 
 def pair_bytes(config: CalibrateConfig, moe: MoeCheckpoint) -> int:
     """Memory for the outputs of all experts and for one chunk of them."""
-    tokens, experts = sampled_tokens(config, moe), moe.num_experts
+    tokens, experts = evaluated_tokens(config, moe), moe.num_experts
     held = min(HELD_BYTES, outputs_bytes(tokens, experts, _hidden(moe)))
     return held + min(CHUNK_BYTES, tokens * token_bytes(experts, _hidden(moe)))
 

@@ -58,7 +58,7 @@ class ShardUnit(OneFile):
     @property
     def outputs(self) -> Sequence[Path]:
         """The sums, and the sampled inputs if there are any to keep."""
-        return (self.output, self.sampled) if self.sample.tokens else (self.output,)
+        return (self.output, self.sampled) if self.sample.count else (self.output,)
 
     @property
     def name(self) -> str:
@@ -69,10 +69,10 @@ class ShardUnit(OneFile):
     def fingerprint(self) -> Fingerprint:
         """Inputs, block range and everything that changes the arithmetic."""
         config = {"dtype": self.dtype, "batch_size": self.batch_size}
-        kept = {"tokens": self.sample.tokens, "seed": self.sample.seed}
+        kept = {"tokens": self.sample.count, "seed": self.sample.seed}
         return dict(self.inputs) | {
             "code": f"calibrate-{VERSION}",
-            "config": config | ({"sample": kept} if self.sample.tokens else {}),
+            "config": config | ({"sample": kept} if self.sample.count else {}),
             "blocks": [self.start, self.stop],
         }
 
@@ -144,7 +144,7 @@ def batches_of(unit: ShardUnit) -> list[Batch]:
 def recorder_of(unit: ShardUnit, kind: type[Recorder] = Recorder) -> Recorder:
     """What a shard, or a part of its batches, is gathered in."""
     sample = unit.sample
-    kept = sample_of(unit.corpus, sample.tokens, sample.seed) if sample.tokens else None
+    kept = sample_of(unit.corpus, sample.count, sample.seed) if sample.count else None
     return kind(unit.num_experts, kept)
 
 

@@ -52,7 +52,7 @@ def plan(
     shards: Sequence[ShardUnit], layers: Sequence[int], domains: Sequence[str], folder: Path
 ) -> list[InputsUnit]:
     """One unit per MoE layer, from finished shards; none when nothing was sampled."""
-    if not shards or not shards[0].sample.tokens:
+    if not shards or not shards[0].sample.count:
         return []
     upstream = text_digest([read_digests(unit.marker) for unit in shards])
     return [
@@ -90,6 +90,17 @@ def run_one(unit: InputsUnit) -> dict[str, Any]:
     }
     write_tensors(unit.output, tensors, metadata)
     return {"tokens": len(tensors["block"]), "bytes": unit.output.stat().st_size}
+
+
+def tokens_in(path: Path) -> int:
+    """Sampled tokens of a layer's file, from its header; 0: it cannot be read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as handle:
+            return int(handle.get_slice("block").get_shape()[0])
+    except (OSError, SafetensorError):  # who reads it says what is wrong
+        return 0
 
 
 def _read(path: Path, layer: int) -> dict[str, Tensor]:

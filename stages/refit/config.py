@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from stages.settings import Settings
 
@@ -33,23 +33,30 @@ class PolishConfig(Settings):
 
 # What a preset sets where the config says nothing.
 _PRESETS: dict[str, dict[str, Any]] = {
-    "default": {},
+    "auto": {},
+    "parallel": {},
     "thorough": {
         "target": "sequential",
         "held_out": 0.1,
         "solved_on": 32.0,
-        "polish": {"steps": 600, "last_layer": "logits"},
+        "polish": {"steps": 1500, "last_layer": "logits"},
     },
 }
+
+
+Preset = Literal["parallel", "thorough"]
+# Those that `auto` chooses from.
+PRESETS: tuple[Preset, ...] = get_args(Preset)
 
 
 class RefitConfig(Settings):
     """Needs the layer-input sample (`calibrate.sample`). Off: reduced experts stay as they are."""
 
-    # thorough: layer after layer towards the original residual stream, the last one towards the
-    # original's distributions, 600 polish steps, a tenth of the sample held out. Several times the
-    # work; docs/reduction.md says what it brings.
-    preset: Literal["default", "thorough"] = "default"
+    # parallel: every layer for itself. thorough: layer after layer towards the original residual
+    # stream, the last one towards the original's distributions, 1,500 polish steps, a tenth of the
+    # sample held out; many times the work, docs/reduction.md says what it brings.
+    # auto: thorough where model and sample are of a size for it (orchestrator/sizing.py).
+    preset: Literal["auto", "parallel", "thorough"] = "auto"
     # auto: with methods that narrow experts. Baselines are never refitted.
     enabled: bool | Literal["auto"] = "auto"
     # What a layer is fitted to (docs/reduction.md). original: its own outputs on its own inputs, so
@@ -78,7 +85,7 @@ class RefitConfig(Settings):
         """What is given counts before what the preset says."""
         if not isinstance(values, Mapping):
             return values
-        preset = _PRESETS.get(str(values.get("preset", "default")), {})
+        preset = _PRESETS.get(str(values.get("preset", "auto")), {})
         found, polish = preset | dict(values), values.get("polish")
         steps = dict(preset.get("polish", {}))
         if found.get("target") != "sequential":
@@ -93,6 +100,21 @@ class RefitConfig(Settings):
         if self.polish.last_layer == "logits" and self.target != "sequential":
             raise ValueError("polish.last_layer=logits needs target=sequential")
         return self
+
+    @model_serializer(mode="wrap")
+    def _open(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """While the preset is not chosen, only what was given is told: the rest is the preset's."""
+        found: dict[str, Any] = whole(self)
+        if self.preset != "auto":
+            return found
+        given = {name: found[name] for name in sorted(self.model_fields_set) if name in found}
+        if "polish" in given:
+            given["polish"] = self.polish.model_dump(mode="json", exclude_unset=True)
+        return {"preset": "auto"} | given
+
+    def as_preset(self, preset: Preset) -> RefitConfig:
+        """With a preset in place of `auto`, which what was given goes before."""
+        return RefitConfig.model_validate(self.model_dump(mode="json") | {"preset": preset})
 
     def applies(self, narrows: bool) -> bool:
         """Whether a method is refitted, which `narrows` experts or does not."""

@@ -7,9 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from models.arrow import write_table
 from models.expert_function import check_function
 from models.moe import MoeCheckpoint
+from stages.calibrate.sample import hashes, shares
 from stages.inputs.read import LayerInputs
 from stages.inputs.stage import InputsUnit
 from stages.subsample.columns import to_table
@@ -32,6 +37,7 @@ class SubsampleUnit(OneFile):
     model: str  # fingerprint
     threads: int
     output: Path
+    most: int | None = None  # tokens; None: all
 
     @property
     def name(self) -> str:
@@ -52,13 +58,20 @@ class SubsampleUnit(OneFile):
             "layer": self.layer,
             "upstream": self.upstream,
             "threads": self.threads,
+            "most": self.most,
         }
 
 
 def plan(
-    inputs: Sequence[InputsUnit], moe: MoeCheckpoint, *, model: str, threads: int, folder: Path
+    inputs: Sequence[InputsUnit],
+    moe: MoeCheckpoint,
+    *,
+    model: str,
+    threads: int,
+    folder: Path,
+    most: int | None = None,
 ) -> list[SubsampleUnit]:
-    """One unit per layer, once its inputs are joined."""
+    """One unit per layer, once its inputs are joined; each evaluates `most` tokens at most."""
     return [
         SubsampleUnit(
             moe=moe,
@@ -68,6 +81,7 @@ def plan(
             model=model,
             threads=threads,
             output=folder / file_name(unit.layer),
+            most=most,
         )
         for unit in inputs
     ]
@@ -86,11 +100,26 @@ def run_one(unit: SubsampleUnit) -> dict[str, Any]:
         StatisticsError: the inputs cannot be read.
     """
     inputs = LayerInputs.read(unit.inputs)
+    if unit.most is not None and unit.most < len(inputs):
+        inputs = inputs.only(smaller(inputs, unit.most))
     check_function(unit.moe, unit.layer, inputs.hidden[:_COMPARED])
     sums = layer_sums(unit.moe, inputs, unit.output)
     metadata = {"model": unit.model, "seed": str(inputs.seed)} | inputs.inputs
     write_table(unit.output, to_table(unit.layer, sums, dict(sorted(metadata.items()))))
     return {"tokens": len(inputs), "bytes": unit.output.stat().st_size}
+
+
+def smaller(inputs: LayerInputs, tokens: int) -> Tensor:
+    """[N] bool: those that a sample of so many tokens of the same text would have."""
+    blocks, positions = inputs.block.numpy(), inputs.position.numpy().astype(np.int64)
+    order = hashes(blocks, positions, inputs.seed)
+    domains = inputs.domain.numpy()
+    present = [int((domains == code).sum()) for code in range(len(inputs.domains))]
+    kept = np.zeros(len(inputs), bool)
+    for code, share in enumerate(shares(present, tokens)):
+        rows = np.flatnonzero(domains == code)
+        kept[rows[np.argsort(order[rows], kind="stable")[:share]]] = True
+    return torch.from_numpy(kept)
 
 
 def make_worker() -> Callable[[SubsampleUnit], Done]:

@@ -127,7 +127,7 @@ def test_text_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 def test_methods_with_another_sample_are_observed_apart(tmp_path: Path) -> None:
     words = ["--only-comparison", "--seeds", "2", "--refit-seeds", "2", "--only", "reap"]
-    words += [name for name in OURS if name != DEFAULT]
+    words += [*OURS, "naee more text"]
     options = options_of(words)
     setup = setup_of(options)
 
@@ -137,13 +137,15 @@ def test_methods_with_another_sample_are_observed_apart(tmp_path: Path) -> None:
     assert sizes == {
         "main": (setup.tokens, setup.sample),
         "all": (setup.tokens, setup.tokens),
-        "all-262144": (262_144, 262_144),
         "all-524288": (524_288, 524_288),
+        "all-524288-statistics": (524_288, 524_288),
     }
+    assert plans["all-524288-statistics"][0].setup.statistics_tokens == 524_288
     every = [task for tasks in plans.values() for task in tasks]
     assert len({task.folder for task in every}) == len(every) == 8
     measured = [(task.seed, cell) for task in every for cell in task.cells]
-    assert len(set(measured)) == len(measured) == 2 * len(RATIOS) * (2 + len(OURS) - 1)
+    # REAP and the default are measured without refit as well, NAEE without alone.
+    assert len(set(measured)) == len(measured) == 2 * len(RATIOS) * (2 + len(OURS) + 1 + 1)
     assert held(every[0]) == {"original": None, "cells": []}
 
 

@@ -253,4 +253,7 @@ def test_show_config_prints_every_value_with_its_source(coalesce: Command, file:
     ]  # fmt: skip
     assert lines["run_dir"].endswith(f"# {file}")
     assert lines["calibrate.batch_size"].endswith("# default")
-    assert set(lines) == set(load(str(file)).sources)
+    assert lines["refit.polish.steps"].split("#")[0].split()[1:] == ["150", "|", "1500"]
+    assert lines["refit.joint_limit"].split()[1:] == ["8192", "#", "default"]
+    waiting = {key for key in lines if key.startswith("refit.")} - {"refit.preset"}
+    assert set(lines) - waiting == set(load(str(file)).sources)

@@ -88,6 +88,14 @@ def test_a_sample_is_never_larger_than_the_text(inputs: Inputs) -> None:
 def test_large_outputs_are_counted_as_scratch(inputs: Inputs) -> None:
     run = prepared(inputs, "calibrate.data.tokens=1000000", "calibrate.sample.tokens=1000000")
     config = run.config.calibrate
+    assert samples.scratch_bytes(config, run.moe) == 0  # 32,768 tokens of them are evaluated
+    wide = prepared(
+        inputs,
+        "calibrate.data.tokens=1000000",
+        "calibrate.sample.tokens=1000000",
+        "calibrate.sample.statistics_tokens=1000000",
+    )
+    config = wide.config.calibrate
     assert samples.scratch_bytes(config, run.moe) == 4 * 10**6 * EXPERTS * HIDDEN
     assert samples.scratch_bytes(prepared(inputs).config.calibrate, run.moe) == 0
 
@@ -102,6 +110,24 @@ def test_sums_can_be_asked_for_later(inputs: Inputs) -> None:
 
     assert len(used_by(run)[1]) == LAYERS
     assert {path: path.stat().st_mtime_ns for path in run.folder.inputs.iterdir()} == before
+
+
+def test_sums_of_part_of_a_sample_are_those_of_a_sample_of_that_size(inputs: Inputs) -> None:
+    """Two domains, of which one has three times as much text."""
+    text = {"path": str(inputs.text)}
+    domains = [{**text, "domain": "much", "weight": 3.0}, {**text, "domain": "some"}]
+    found = []
+    for name, words in (
+        ("few", ["calibrate.sample.tokens=50"]),
+        ("part", ["calibrate.sample.tokens=512", "calibrate.sample.statistics_tokens=50"]),
+        ("more", ["calibrate.sample.tokens=512", "calibrate.sample.statistics_tokens=60"]),
+    ):
+        recipe = inputs.recipe(calibrate__data__sources=domains, run_dir=str(inputs.root / name))
+        run = prepare(load(str(recipe), words).config)
+        observe(run)
+        files = used_by(run)[1]
+        found.append([path.read_bytes() for path in files.values()])
+    assert found[0] == found[1] != found[2]
 
 
 # Used by another run ------------------------------------------------------------------------------
