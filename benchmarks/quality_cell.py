@@ -162,7 +162,7 @@ def _build(observed: Observed, cell: Cell, folder: Path) -> dict[str, Any]:
         "run_dir": folder,
     }
     config = validate(base.config.model_dump(mode="json") | update)
-    config = sized(config, base.moe, base.folder, None).config
+    config = sized(config, base.moe, base.folder).config
     variant = Variant(MAIN, config.group, ExportConfig.model_validate({"format": recipe.format}))
     run = replace(base, config=config, folder=RunFolder(folder), variants=(variant,))
     probe_seconds = _probe(run, base.folder.root.parent / "probe")

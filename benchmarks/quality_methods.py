@@ -33,7 +33,7 @@ class Recipe:
     @property
     def only_refitted(self) -> bool:
         """Whether there is nothing to measure without a refit."""
-        return self.control or "refit" in self.sections
+        return self.control or ("refit" in self.sections and self.all_tokens)
 
 
 # Those that come nearest to the default; they are also given its text.
@@ -97,6 +97,10 @@ METHODS: dict[str, Recipe] = {
         {"method": "random"}, published=False, control=True, seeded=("seed",)
     ),
     "control: random neurons": Recipe({"method": "coalesce"}, published=False, control=True),
+    # Learned anew as the default is refitted.
+    "control: random neurons, more text": Recipe(
+        {"method": "coalesce"}, published=False, control=True, all_tokens=True, tokens=OBSERVED
+    ),
 }
 QUICK = ("coalesce", "reap", "mc_smoe uniform")
 

@@ -6,11 +6,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from models.moe import MoeCheckpoint
+from models.support import reasons
 from orchestrator.config import RunConfig
 from orchestrator.errors import ConfigError
 from stages.corpus.stage import load_tokenizer, tokenizer_digest
 from stages.errors import DataError, StatisticsError
 from stages.unit import beside
+
+
+def not_streamed(moe: MoeCheckpoint) -> str | None:
+    """Why this checkpoint cannot be observed layer by layer, or by several ranks; None: it can."""
+    if moe.quantised:
+        return "its weights are quantised, and only the whole model is decoded"
+    return reasons(moe.family).get("streaming")
 
 
 def check_seq2seq(config: RunConfig, model: Mapping[str, Any]) -> None:

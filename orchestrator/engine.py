@@ -11,8 +11,9 @@ from pathlib import Path
 
 from models.support import reasons
 from orchestrator import estimate
+from orchestrator.compatibility import not_streamed
 from orchestrator.estimate import human
-from orchestrator.preflight import Prepared, not_streamed
+from orchestrator.preflight import Prepared
 from stages.calibrate.config import Engine
 from stages.export.layout import FileLayout
 

@@ -17,13 +17,13 @@ import numpy as np
 from models.atomic import file_digest
 from models.moe import MoeCheckpoint
 from models.skeleton import check_dense_tensors
-from models.support import reasons
 from orchestrator import run_folder, samples
 from orchestrator.compatibility import (
     check_same_tokenizer,
     check_seq2seq,
     check_target,
     check_tokenizer,
+    not_streamed,
 )
 from orchestrator.compression import check_compression
 from orchestrator.config import RunConfig
@@ -101,7 +101,7 @@ def described(config: RunConfig) -> Prepared:
     folder = RunFolder(config.run_dir.absolute())
     moe = MoeCheckpoint.open(model_folder(config, folder), allow_links=config.model.allow_links)
     copied = check_dense_tensors(moe)
-    sizing = sized(config, moe, folder, _cannot_carry(config, moe, folder))
+    sizing = sized(config, moe, folder)
     config = sizing.config
     check_ranks(config.executor.ranks_per_replica, moe)
     _check_engine(config, moe)
@@ -143,15 +143,6 @@ def described(config: RunConfig) -> Prepared:
     )
 
 
-def _cannot_carry(config: RunConfig, moe: MoeCheckpoint, folder: RunFolder) -> str | None:
-    """Why no layer can be refitted behind reduced ones; None: it can. See `check_target`."""
-    reason = not_streamed(moe) or moe.family.behind_experts(moe.checkpoint.config)
-    corpus = samples.observed(folder, config.calibrate).calibration_tokens
-    if reason is None and config.calibrate.statistics is not None and not beside(corpus).exists():
-        return f"there is no {corpus}"
-    return reason
-
-
 def _check_recovery(config: RunConfig, moe: MoeCheckpoint, folder: RunFolder) -> None:
     """Refuses a recovery that cannot be done, its text and its teacher included."""
     if config.recover is None:
@@ -159,13 +150,6 @@ def _check_recovery(config: RunConfig, moe: MoeCheckpoint, folder: RunFolder) ->
     _check_text(config.recover.data or config.calibrate.data, moe, folder)
     tokenizer = config.model.tokenizer or moe.checkpoint.folder
     check_recovery(config.recover, moe, not_streamed(moe), tokenizer)
-
-
-def not_streamed(moe: MoeCheckpoint) -> str | None:
-    """Why this checkpoint cannot be observed layer by layer, or by several ranks; None: it can."""
-    if moe.quantised:
-        return "its weights are quantised, and only the whole model is decoded"
-    return reasons(moe.family).get("streaming")
 
 
 def _check_engine(config: RunConfig, moe: MoeCheckpoint) -> None:

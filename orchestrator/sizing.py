@@ -9,10 +9,12 @@ from dataclasses import dataclass
 
 from models.moe import MoeCheckpoint
 from orchestrator import samples
+from orchestrator.compatibility import not_streamed
 from orchestrator.config import RunConfig
 from orchestrator.run_folder import RunFolder
 from stages.calibrate.config import SAMPLED
 from stages.refit.config import RefitConfig
+from stages.unit import beside
 
 # Operations of all gradient steps up to which a refit is thorough unasked: minutes of one core.
 STEPS_FLOPS = 10**14
@@ -30,15 +32,11 @@ class Sizing:
     why: str
 
 
-def sized(config: RunConfig, moe: MoeCheckpoint, folder: RunFolder, cannot: str | None) -> Sizing:
-    """Settles `calibrate.sample.tokens` and `refit.preset`.
-
-    Args:
-        cannot: why no layer can be refitted behind reduced ones; None: it can.
-    """
+def sized(config: RunConfig, moe: MoeCheckpoint, folder: RunFolder) -> Sizing:
+    """Settles `calibrate.sample.tokens` and `refit.preset`."""
     sample, refit = config.calibrate.sample, config.refit
     # The sample serves methods that come later, so that this one has no say in it.
-    limit = _work_limit(refit, moe) if cannot is None else cannot
+    limit = _cannot_carry(config, moe, folder) or _work_limit(refit, moe)
     tokens = sample.count
     if sample.tokens == "auto":
         most = min(config.calibrate.data.tokens, HELD_BYTES // (4 * moe.hidden_size))
@@ -64,6 +62,15 @@ def step_flops(refit: RefitConfig, moe: MoeCheckpoint) -> int:
     if refit.polish.last_layer == "logits":
         each += 8 * int(moe.checkpoint.config["vocab_size"]) * moe.hidden_size
     return refit.polish.steps * refit.polish.batch * each
+
+
+def _cannot_carry(config: RunConfig, moe: MoeCheckpoint, folder: RunFolder) -> str | None:
+    """Why no layer can be refitted behind reduced ones; None: it can. See `check_target`."""
+    reason = not_streamed(moe) or moe.family.behind_experts(moe.checkpoint.config)
+    corpus = samples.observed(folder, config.calibrate).calibration_tokens
+    if reason is None and config.calibrate.statistics is not None and not beside(corpus).exists():
+        return f"there is no {corpus}"
+    return reason
 
 
 def _work_limit(refit: RefitConfig, moe: MoeCheckpoint) -> str | None:

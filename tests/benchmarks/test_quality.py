@@ -144,8 +144,8 @@ def test_methods_with_another_sample_are_observed_apart(tmp_path: Path) -> None:
     every = [task for tasks in plans.values() for task in tasks]
     assert len({task.folder for task in every}) == len(every) == 8
     measured = [(task.seed, cell) for task in every for cell in task.cells]
-    # REAP and the default are measured without refit as well, NAEE without alone.
-    assert len(set(measured)) == len(measured) == 2 * len(RATIOS) * (2 + len(OURS) + 1 + 1)
+    # REAP and two of ours are measured without refit as well, NAEE without alone.
+    assert len(set(measured)) == len(measured) == 2 * len(RATIOS) * (2 + len(OURS) + 2 + 1)
     assert held(every[0]) == {"original": None, "cells": []}
 
 

@@ -85,7 +85,10 @@ SCRATCH: dict[str, tuple[dict[str, Any], str]] = {
         "hidden states of 1 shards",
     ),
     "outputs of all experts": (
-        {"calibrate__data__tokens": 300_000, "calibrate__sample__tokens": 300_000},
+        {
+            "calibrate__data__tokens": 300_000,
+            "calibrate__sample": {"tokens": 300_000, "statistics_tokens": 300_000},
+        },
         "all experts are evaluated",
     ),
     "carried streams": (
