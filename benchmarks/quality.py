@@ -206,6 +206,7 @@ def collect(
     main = [
         row for name in results if name == "main" or name.startswith("all") for row in rows(name)
     ]
+    main.sort(key=lambda row: list(METHODS).index(row["method"]))
     original = {key: value for key, value in original.items() if key != "continuations"}
     best = {fewer(r["keep"]): b["method"] for r in main if (b := best_other(main, r["keep"]))}
     found: dict[str, Any] = {
