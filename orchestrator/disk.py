@@ -38,7 +38,7 @@ def needs(run: Prepared) -> list[Need]:
     scratch = engine.worker_count(run) * samples.scratch_bytes(config, moe)
     hidden = hidden_bytes(run)
     fewer = "or lower executor.workers or calibrate.sample.tokens"
-    refit = "or lower refit.together or calibrate.data.tokens"
+    refit = "or set refit.preset=parallel, or lower calibrate.data.tokens"
     taught = "or lower recover.teacher.top"
     baselines = "or drop baselines with evaluate.baselines=[]"
     written = models + trained_bytes(run) + measured_bytes(run)

@@ -16,7 +16,8 @@ from stages.calibrate.config import SAMPLED
 from stages.refit.config import RefitConfig
 from stages.unit import beside
 
-# Operations of all gradient steps up to which a refit is thorough unasked: minutes of one core.
+# Operations of all gradient steps up to which a refit is thorough unasked: with all that comes with
+# them half an hour of one core, as measured (docs/methods.md).
 STEPS_FLOPS = 10**14
 # Sampled tokens from which on it is.
 TOKENS = 65_536
