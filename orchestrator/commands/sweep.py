@@ -22,7 +22,7 @@ def sweep_command(config: RunConfig, words: Sequence[str], *, quiet: bool) -> No
     """Observes unless that is done, decides every pair, builds what was asked for."""
     shown, prepared = console(), prepare(config)
     if config.calibrate.statistics is not None:
-        run_folder.claim(prepared.folder, config, prepared.model)
+        run_folder.claim(prepared.folder, prepared.config, prepared.model)
     elif not _observed(prepared):
         supervised(prepared, shown, observe, quiet=quiet)
     found = points(prepared)
