@@ -84,9 +84,15 @@ def shards(run_dir: Path) -> int:
 
 
 def hold(lab: Lab, run_dir: Path, more_than: int = 0) -> int:
-    """Stops the workers in the middle of calibration, so that the run waits for what comes next."""
-    until(lambda: shards(run_dir) > more_than, "a shard is done")
-    assert lab.signal_workers(signal.SIGSTOP)
+    """Stops the workers in the middle of calibration, so that the run waits for what comes next.
+
+    Those of an earlier start that Slurm woke to end them may have finished a shard more, so that
+    enough are done before this start has workers.
+    """
+    until(
+        lambda: shards(run_dir) > more_than and lab.signal_workers(signal.SIGSTOP),
+        "a shard is done, and workers were stopped",
+    )
     done = shards(run_dir)
     assert done < 40, "the run was too fast to be held"
     return done
@@ -206,7 +212,8 @@ def test_a_job_at_its_time_limit_ends_hung_units_and_starts_again_beside_one_tha
     assert_gave_up_for_want_of_n2(lab, other, lonely)
     assert lab.await_end(job) == "COMPLETED 1 0:0", logs_of(run_dir)
     assert bytes_of(run_dir) == undisturbed
-    assert stopped(run_dir) == [143]
+    # On a machine that is too busy the driver is killed before it has said that it ends.
+    assert stopped(run_dir) == ([] if "killing it" in logs_of(run_dir) else [143])
 
 
 def assert_gave_up_for_want_of_n2(lab: Lab, job: str, run_dir: Path) -> None:
