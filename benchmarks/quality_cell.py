@@ -227,7 +227,9 @@ def _decide(run: Prepared, variant: Variant) -> list[LayerDecision]:
     statistics = task_layers(read_statistics(run.config.calibrate.statistics), None)
     statistics = attached(run.config, variant.method, statistics, run.folder, run.moe)
     groups = router_groups(run.moe, variant.export)
-    decisions = group.decide(variant.method, statistics, sizes(run.moe, variant.export), groups)
+    decisions = group.decide(
+        variant.method, statistics, sizes(run.moe, variant.export, variant.method.left), groups
+    )
     FORMATS[variant.export.format].check(run.moe, decisions)
     return decisions
 

@@ -33,7 +33,9 @@ def decide(
     """
     form = variant.export
     groups = router_groups(moe, form)
-    decisions = group.decide(variant.method, statistics, sizes(moe, form), groups)
+    decisions = group.decide(
+        variant.method, statistics, sizes(moe, form, variant.method.left), groups
+    )
     decisions = with_references(decisions, statistics, config.align)
     decisions = with_weights(decisions, statistics, config.merge)
     FORMATS[form.format].check(moe, decisions)

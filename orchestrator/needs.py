@@ -27,6 +27,8 @@ def needs(config: RunConfig, method: AnyMethod) -> frozenset[Need]:
         found.add("subsample")
     if isinstance(method, Coalesce) and method.divide != "uniform":
         found.add("probe" if method.divide == "probe" else "subsample")
+    if method.left is not None:
+        found.add("subsample")
     if isinstance(method, Coalesce | McSmoe) and method.weigh_layers == "gain":
         found.add("gain")
     if config.refit.enabled is True or _merges_by_sample(config, method):
@@ -59,6 +61,7 @@ def check_needs(
     if "subsample" in needs(config, config.group) and not _sampled(config, folder, moe):
         why: str = config.group.method if "subsample" in config.group.needs else ""
         divided = isinstance(config.group, Coalesce) and config.group.divide == "predicted"
+        why = why or ("group.experts" if config.group.left is not None else "")
         why = why or ("group.divide=predicted" if divided else "merge.weights=alpha")
         raise ConfigError(
             f"{why} needs the outputs of all experts on sampled tokens, and none are taken",

@@ -217,8 +217,11 @@ def expected_decisions(variant: Variant, moe: MoeCheckpoint) -> list[LayerDecisi
 
 
 def narrowed(moe: MoeCheckpoint, method: Coalesce, export: ExportConfig) -> list[LayerDecision]:
-    """All experts, of the width that the budget leaves; as even as can be, where it is divided."""
-    found = sizes(moe, export).widths
+    """All experts, or as many as are asked for, of the width that the budget leaves; as even as can
+    be, where it is divided."""
+    kept = method.left or moe.num_experts
+    method.check(moe.num_experts, kept)
+    found = sizes(moe, export, kept).widths
     assert found is not None
     width = kept_width(method.budget, moe.num_experts, found, method.multiple)
     layers = len(moe.layers)
@@ -229,7 +232,9 @@ def narrowed(moe: MoeCheckpoint, method: Coalesce, export: ExportConfig) -> list
         _refuse_native(f"group.divide={method.divide}", "uniform", "width", export)
         total = kept_steps(method.budget, moe.num_experts, found, method.multiple, layers)
         widths = spread(total, layers, method.multiple)
-    whole = placeholder(moe, dict.fromkeys(moe.layers, moe.num_experts))
+    whole = placeholder(moe, dict.fromkeys(moe.layers, kept))
+    if kept < moe.num_experts:
+        whole = [_pruned(each) for each in whole]
     return [replace(each, width=width) for each, width in zip(whole, widths, strict=True)]
 
 

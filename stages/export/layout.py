@@ -47,25 +47,32 @@ def file_layouts(
     ]
 
 
-def sizes(moe: MoeCheckpoint, config: ExportConfig) -> Sizes:
-    """What a budget in bytes is made of, measured on two ends: all experts, and one step fewer."""
+def sizes(moe: MoeCheckpoint, config: ExportConfig, kept: int | None = None) -> Sizes:
+    """What a budget in bytes is made of, measured on two ends: all experts, and one step fewer.
+
+    Args:
+        kept: experts per layer whose width is asked for; None: all.
+    """
     step = router_groups(moe, config)
     full = _total(moe, moe.num_experts, config)
     less = _total(moe, moe.num_experts - step, config)
     layers = len(moe.layers)
     per_expert = (full - less) // (layers * step)
     fixed = full - per_expert * moe.num_experts * layers
-    return Sizes(fixed, max(per_expert, 1), layers, widths(moe, full))
+    kept = moe.num_experts if kept is None else kept
+    return Sizes(fixed, max(per_expert, 1), layers, widths(moe, _total(moe, kept, config), kept))
 
 
-def widths(moe: MoeCheckpoint, full: int) -> Widths:
-    """Bytes by the width of the experts; `full` is the size of the files at full width."""
+def widths(moe: MoeCheckpoint, full: int, kept: int) -> Widths:
+    """Bytes by the width of `kept` experts; `full` is the size of the files at full width."""
     neurons = min(moe.meta_expert(layer).neurons for layer in moe.layers)
     rows = [moe.meta_expert(layer) for layer in moe.layers]
     one = torch.arange(1, device="meta")
-    kept = [t for each in rows for n, t in each.select(one).tensors().items() if n != "down_bias"]
-    per_neuron = moe.num_experts * sum(tensor.nbytes for tensor in kept)
-    return Widths(neurons, full - neurons * per_neuron, per_neuron)
+    shrinks = [
+        t for each in rows for n, t in each.select(one).tensors().items() if n != "down_bias"
+    ]
+    per_neuron = kept * sum(tensor.nbytes for tensor in shrinks)
+    return Widths(neurons, full - neurons * per_neuron, per_neuron, kept)
 
 
 def placeholder(moe: MoeCheckpoint, kept: Mapping[int, int]) -> list[LayerDecision]:

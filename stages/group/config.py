@@ -78,6 +78,11 @@ class _Method(Settings):
         """Whether layers may keep different numbers of experts."""
         return False
 
+    @property
+    def left(self) -> int | None:
+        """Experts per layer that are asked for beside the budget; None: it says how many."""
+        return None
+
     def skipped(self, layers: Sequence[int]) -> frozenset[int]:
         """Which of the model's MoE layers keep all their experts."""
         return frozenset(self.skip_layers)
@@ -106,6 +111,9 @@ class Coalesce(_Method):
     # Neurons per layer. uniform: the same. probe, predicted: those that cost least together, by the
     # measured KL of every layer alone, or by predicted errors; export.format=mapped holds them.
     divide: Literal["uniform", "probe", "predicted"] = "uniform"
+    # Experts of a layer that stay: those that its output would miss least go, by exact sums of the
+    # sample, and the budget makes the others so much wider. None: all. Native format.
+    experts: int | None = Field(default=None, ge=1)
     # gain: with divide=predicted, costs times the square of what becomes of an error by the end of
     # the model. It differs between layers where they have momentum, and is 1 in other families.
     weigh_layers: WeighLayers = "none"
@@ -116,6 +124,8 @@ class Coalesce(_Method):
             raise ValueError("coalesce gives all layers one width: skip_layers must be empty")
         if self.protect_super_experts:
             raise ValueError("coalesce narrows every expert: protect_super_experts has no meaning")
+        if self.experts is not None and self.divide != "uniform":
+            raise ValueError("experts goes with one width for all layers: set divide=uniform")
         if self.weigh_layers == "gain" and self.divide != "predicted":
             raise ValueError(
                 "weigh_layers=gain weighs predicted errors: set divide=predicted (what probe"
@@ -128,8 +138,24 @@ class Coalesce(_Method):
         return True
 
     @property
+    def may_drop(self) -> bool:
+        """Where fewer experts are asked for."""
+        return self.experts is not None
+
+    @property
     def uneven(self) -> bool:
         return self.divide != "uniform"
+
+    @property
+    def left(self) -> int | None:
+        return self.experts
+
+    def check(self, experts: int, kept: int) -> None:
+        """No more can stay than there are."""
+        if kept > experts:
+            raise BudgetError(
+                f"group.experts={kept}: a layer has {experts}", f"set it to {experts} or less"
+            )
 
 
 class McSmoe(_Method):

@@ -8,10 +8,10 @@ from dataclasses import replace
 from stages.calibrate.statistics import LayerStatistics
 from stages.errors import StatisticsError
 from stages.group.budget import Sizes, total_experts
-from stages.group.config import AnyMethod, Coalesce
+from stages.group.config import AnyMethod, Coalesce, Mixed
 from stages.group.decision import LayerDecision
 from stages.group.divide import divide, steps
-from stages.group.methods import DECIDE
+from stages.group.methods import DECIDE, mixed
 from stages.group.methods.base import keep_all
 from stages.group.methods.needs import curve_of
 from stages.group.router_groups import join, split
@@ -57,12 +57,13 @@ def decide(
 def _narrowed(
     config: Coalesce, statistics: Sequence[LayerStatistics], sizes: Sizes
 ) -> list[LayerDecision]:
-    """Every expert stays; all of a layer, or of the model, with the same number of neurons."""
+    """Every expert stays, or as many as are asked for; all of a layer, or of the model, with the
+    same number of neurons."""
     assert sizes.widths is not None
     experts, multiple = statistics[0].num_experts, config.multiple
     if config.divide == "uniform":
         width = kept_width(config.budget, experts, sizes.widths, multiple)
-        return [replace(keep_all(each), width=width) for each in statistics]
+        return [replace(_chosen(config, each), width=width) for each in statistics]
     total = kept_steps(config.budget, experts, sizes.widths, multiple, len(statistics))
     costs = [steps(curve_of(each), sizes.widths.neurons, multiple) for each in statistics]
     if config.weigh_layers == "gain":  # costs are squared errors
@@ -71,3 +72,12 @@ def _narrowed(
         replace(keep_all(each), width=count * multiple)
         for each, count in zip(statistics, divide(costs, total), strict=True)
     ]
+
+
+def _chosen(config: Coalesce, statistics: LayerStatistics) -> LayerDecision:
+    """The experts that stay, whole."""
+    kept = statistics.num_experts if config.experts is None else config.experts
+    config.check(statistics.num_experts, kept)
+    if kept == statistics.num_experts:
+        return keep_all(statistics)
+    return mixed.cheapest(Mixed(merge=False), statistics, kept)

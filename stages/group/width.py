@@ -19,13 +19,14 @@ class Widths:
     neurons: int  # I, of every expert
     fixed: int  # everything that does not shrink with the width
     per_neuron: int  # one neuron of every expert in every layer
+    kept: int | None = None  # experts per layer that all this is about; None: all
 
 
 def kept_width(budget: Budget, num_experts: int, widths: Widths, multiple: int) -> int:
     """The largest multiple of `multiple` within the budget.
 
-    `keep_ratio` is a share of the neurons; `experts_per_layer` stands for the neurons that so many
-    whole experts have, so that methods can be compared at equal bytes.
+    `keep_ratio` is a share of a layer's neurons; `experts_per_layer` stands for the neurons that so
+    many whole experts have, so that methods can be compared at equal bytes.
 
     Raises:
         BudgetError: not even one multiple fits.
@@ -80,6 +81,7 @@ def _room(budget: Budget, num_experts: int, widths: Widths) -> Fraction:
     """Neurons per expert that the budget pays for."""
     if budget.target_bytes is not None:
         return Fraction(budget.target_bytes - widths.fixed, widths.per_neuron)
+    each = Fraction(num_experts, widths.kept or num_experts) * widths.neurons
     if budget.keep_ratio is not None:
-        return Fraction(str(budget.keep_ratio)) * widths.neurons
-    return Fraction(str(budget.experts_per_layer)) / num_experts * widths.neurons
+        return Fraction(str(budget.keep_ratio)) * each
+    return Fraction(str(budget.experts_per_layer)) / num_experts * each
