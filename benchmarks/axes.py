@@ -19,7 +19,8 @@ from benchmarks.divide import ROOT
 from benchmarks.divide import config as divided
 from benchmarks.output import show
 from benchmarks.pages import show_or_put
-from benchmarks.quality import fewer, rounded
+from benchmarks.quality import rounded
+from benchmarks.quality_summary import fewer
 from models.arrow import read_table
 from models.atomic import write_json
 from orchestrator.load import validate
