@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import comb
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -395,18 +395,5 @@ AnyMethod = (
 )
 GroupConfig = Annotated[AnyMethod, Field(discriminator="method")]
 METHODS: dict[str, type[AnyMethod]] = {
-    "coalesce": Coalesce,
-    "mc_smoe": McSmoe,
-    "uncurl": Uncurl,
-    "hc_smoe": HcSmoe,
-    "ream": Ream,
-    "merge_moe": MergeMoe,
-    "frequency": Frequency,
-    "reap": Reap,
-    "ean": Ean,
-    "msan": Msan,
-    "stun": Stun,
-    "naee": Naee,
-    "mixed": Mixed,
-    "random": Random,
+    made.model_fields["method"].default: made for made in get_args(AnyMethod)
 }
