@@ -7,7 +7,6 @@ observation, one held-out text.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from typing import Any
 from benchmarks.divide import ROOT
 from benchmarks.divide import config as divided
 from benchmarks.output import show
-from benchmarks.pages import show_or_put
+from benchmarks.pages import options, show_or_put
 from benchmarks.quality import rounded
 from benchmarks.quality_summary import fewer
 from models.arrow import read_table
@@ -37,12 +36,8 @@ MARKS = ("<!-- axes: begin -->\n", "<!-- axes: end -->\n")
 
 def main() -> None:
     """Prints a row per share and number of experts; with --out, goes on where it ended."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="half of the neurons, few tokens")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "axes")
-    parser.add_argument("--table", type=Path, help="print the table of such a file, run nothing")
-    parser.add_argument("--page", type=Path, help="with --table: write it between a page's marks")
-    given = parser.parse_args()
+    quick = "half of the neurons, few tokens"
+    given = options(__doc__, quick, ROOT / "runs" / "axes").parse_args()
     if given.table:
         show_or_put(table(json.loads(given.table.read_text())["rows"]), given.page, MARKS)
         return

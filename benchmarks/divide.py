@@ -6,7 +6,6 @@ damage, and with widths by predicted errors. One observation per seed, the same 
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import shutil
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.output import show
-from benchmarks.pages import show_or_put
+from benchmarks.pages import options, show_or_put
 from benchmarks.quality import rounded
 from models.atomic import write_json
 from orchestrator import run_folder
@@ -33,14 +32,9 @@ MARKS = ("<!-- divide: begin -->\n", "<!-- divide: end -->\n")
 
 def main() -> None:
     """Prints a row per (seed, share of neurons, way); with --out, goes on where it ended."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--quick", action="store_true", help="one seed, half, few tokens, no polish"
-    )
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "divide")
+    quick = "one seed, half, few tokens, no polish"
+    parser = options(__doc__, quick, ROOT / "runs" / "divide")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--table", type=Path, help="print the table of such a file, run nothing")
-    parser.add_argument("--page", type=Path, help="with --table: write it between a page's marks")
     given = parser.parse_args()
     if given.table:
         show_or_put(table(json.loads(given.table.read_text())["rows"]), given.page, MARKS)

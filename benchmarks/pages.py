@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentParser
 from pathlib import Path
 
 Marks = tuple[str, str]
+
+
+def options(description: str | None, quick: str, out: Path) -> ArgumentParser:
+    """The words of a benchmark whose rows lie in --out and whose table stands on a page.
+
+    Args:
+        quick: what --quick does.
+        out: where rows lie unless --out says otherwise.
+    """
+    parser = ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--out", type=Path, default=out)
+    parser.add_argument("--table", type=Path, help="print the table of such a file, run nothing")
+    parser.add_argument("--page", type=Path, help="with --table: write it between a page's marks")
+    return parser
 
 
 def between(page: str, marks: Marks, body: str) -> str:

@@ -61,7 +61,7 @@ def step_flops(refit: RefitConfig, moe: MoeCheckpoint) -> int:
     ]
     each = 6 * moe.top_k * sum(values)
     if refit.polish.last_layer == "logits":
-        each += 8 * int(moe.checkpoint.config["vocab_size"]) * moe.hidden_size
+        each += 8 * int(moe.checkpoint.config.get("vocab_size") or 0) * moe.hidden_size
     return refit.polish.steps * refit.polish.batch * each
 
 
