@@ -212,8 +212,9 @@ def test_a_job_at_its_time_limit_ends_hung_units_and_starts_again_beside_one_tha
     assert_gave_up_for_want_of_n2(lab, other, lonely)
     assert lab.await_end(job) == "COMPLETED 1 0:0", logs_of(run_dir)
     assert bytes_of(run_dir) == undisturbed
-    # On a machine that is too busy the driver is killed before it has said that it ends.
-    assert stopped(run_dir) == ([] if "killing it" in logs_of(run_dir) else [143])
+    # On a busy machine the driver may be killed before it has said that it ends, or after.
+    killed = "killing it" in logs_of(run_dir)
+    assert stopped(run_dir) == [143] or (killed and not stopped(run_dir))
 
 
 def assert_gave_up_for_want_of_n2(lab: Lab, job: str, run_dir: Path) -> None:
